@@ -1,0 +1,177 @@
+"""What a protocol found: scores with intervals, every picture's raw detections, and the settings that make it repeatable."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from torch import Tensor
+
+from efface.core.errors import EffaceError
+from efface.core.evidence import Contrast, Role, Samples, Score, Shot, Sighting
+
+VERSION = 1
+"""Of the JSON form; a reader refuses another."""
+
+
+@dataclass(frozen=True)
+class Line:
+    """One line of the table."""
+
+    key: str
+    """Names the measurement across results: "target.ESR-1"."""
+    title: str
+    """In plain words."""
+    explanation: str
+    """What the number says, in one sentence for somebody who has never met it."""
+    contrast: Contrast
+    headline: bool = False
+    """Whether it stands in the short table."""
+
+
+@dataclass(frozen=True)
+class ConceptLine:
+    """One concept that must stay: how often it is seen before and after."""
+
+    concept: str
+    role: Role
+    asked: bool
+    """Whether the user named it in `keep`."""
+    contrast: Contrast
+
+
+@dataclass(frozen=True)
+class Change:
+    """How far the pictures of one role moved, needing no detector."""
+
+    role: Role
+    distance: Score
+    """Mean over pictures of the root mean square difference of pixels in [0, 1], after against before on the same noise."""
+    unrelated: float
+    """The same between un-erased pictures of different noise and prompt of this role: what "another picture altogether" means."""
+
+    @property
+    def relative(self) -> float:
+        """0: the very same pictures; 1: as different as two unrelated ones."""
+        return self.distance.value / self.unrelated if self.unrelated > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that the numbers depend on beside the models."""
+
+    protocol: str
+    prompts: str
+    """Digest of the list of prompts and seeds."""
+    seed: int
+    first_seed: int
+    last_seed: int
+    images: int
+    """Pictures drawn in all: each shot twice."""
+    sampler: str
+    steps: int
+    guidance: float
+    detector: Mapping[str, Any] | None
+    """name, version and thresholds by kind; None where nothing was judged."""
+    versions: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, eq=False)
+class Pictures:
+    """The pictures that people look at."""
+
+    rows: tuple[int, ...]
+    """Which shots they are."""
+    before: Tensor
+    """(m 3 h w) uint8"""
+    after: Tensor
+    """(m 3 h w) uint8"""
+
+
+@dataclass(frozen=True, eq=False)
+class Result:
+    """What the main job measured of one edit."""
+
+    model: str
+    method: str
+    task: str
+    settings: Settings
+    lines: tuple[Line, ...]
+    concepts: tuple[ConceptLine, ...]
+    """The most hurt first."""
+    changes: tuple[Change, ...]
+    unmeasured: tuple[str, ...]
+    """What was not measured and why, in sentences."""
+    before: Samples
+    after: Samples
+    cost: Mapping[str, float]
+    """Of the measurement itself: seconds, forwards, calls."""
+    pictures: Pictures | None = None
+    """Not part of the JSON form."""
+
+    def line(self, key: str) -> Line | None:
+        """The line of a key, or None where it was not measured."""
+        return next((line for line in self.lines if line.key == key), None)
+
+    def json(self) -> dict[str, Any]:
+        """JSON values from which `from_json` makes the result again, without its pictures."""
+        return {
+            "format": "efface-result",
+            "version": VERSION,
+            **{name: getattr(self, name) for name in ("model", "method", "task")},
+            "settings": asdict(self.settings),
+            "lines": [asdict(line) for line in self.lines],
+            "concepts": [asdict(line) for line in self.concepts],
+            "changes": [asdict(change) for change in self.changes],
+            "unmeasured": list(self.unmeasured),
+            "cost": dict(self.cost),
+            "shots": [asdict(shot) for shot in self.before.shots],
+            "before": [_packed(sighting) for sighting in self.before.sightings],
+            "after": [_packed(sighting) for sighting in self.after.sightings],
+        }
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Result:
+        """Raises EffaceError for another format or version, or a part that is missing."""
+        if data.get("format") != "efface-result" or data.get("version") != VERSION:
+            given = f"{data.get('format')!r}, version {data.get('version')!r}"
+            raise EffaceError(f"expected an efface-result of version {VERSION}, and got {given}; measure again with this efface")
+        try:
+            return _unpacked(data)
+        except (KeyError, TypeError) as error:
+            raise EffaceError(f"the result cannot be read ({error}); the file is corrupt, measure again") from error
+
+
+def _unpacked(data: Mapping[str, Any]) -> Result:
+    shots = tuple(Shot(**{**shot, "labels": tuple(shot["labels"])}) for shot in data["shots"])
+    return Result(
+        model=data["model"],
+        method=data["method"],
+        task=data["task"],
+        settings=Settings(**data["settings"]),
+        lines=tuple(Line(**{**line, "contrast": _contrast(line["contrast"])}) for line in data["lines"]),
+        concepts=tuple(ConceptLine(**{**line, "contrast": _contrast(line["contrast"])}) for line in data["concepts"]),
+        changes=tuple(Change(**{**change, "distance": _score(change["distance"])}) for change in data["changes"]),
+        unmeasured=tuple(data["unmeasured"]),
+        before=Samples(shots, _sightings(data["before"])),
+        after=Samples(shots, _sightings(data["after"])),
+        cost=data["cost"],
+    )
+
+
+def _packed(sighting: Sighting) -> dict[str, Any]:
+    return {**asdict(sighting), "scores": [round(score, 5) for score in sighting.scores]}
+
+
+def _sightings(rows: Sequence[Mapping[str, Any]]) -> tuple[Sighting, ...]:
+    return tuple(Sighting(tuple(row["labels"]), tuple(row["scores"]), row["threshold"]) for row in rows)
+
+
+def _score(data: Mapping[str, Any]) -> Score:
+    return Score(**{**data, "items": tuple(data["items"])})
+
+
+def _contrast(data: Mapping[str, Any]) -> Contrast:
+    relative = data["relative"]
+    return Contrast(*(_score(data[name]) for name in ("before", "after", "change")), relative and _score(relative))

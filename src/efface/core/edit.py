@@ -1,0 +1,408 @@
+"""The erasure itself: small, named, saved, reversible.
+
+Five final kinds. `WeightEdit` and `LowRankEdit` change weights and can be baked in; `FeatureEdit` and `SamplingEdit` are
+removable hooks; `Chain` is several edits in order. An edit holds differences, not weights: attaching computes W + Δ once,
+swaps it in by reference and keeps the originals, so detaching is exact to the bit and nothing is ever subtracted.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from efface.core import file
+from efface.core.card import Card, Match
+from efface.core.errors import InvalidEdit, NoEffect, Overlap, Unsupported
+from efface.core.model import Model, Rule
+from efface.core.rules import RULES
+from efface.core.sampling import noise_for
+from efface.ops.overlay import Slot
+
+VERSION = 1
+"""Of the file format; a reader refuses a newer one."""
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A named extra of an edit, saved as a file of its own beside it: a trace, a key, an autoencoder."""
+
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    info: Mapping[str, Any] = field(default_factory=dict)
+    """JSON values."""
+
+
+@dataclass(frozen=True, eq=False)
+class Attachment:
+    """An edit in place: what it holds, what stood there before, and how to undo it."""
+
+    names: frozenset[str]
+    originals: tuple[tuple[Slot, Tensor], ...]
+    undo: Callable[[], None]
+
+
+class Edit(ABC):
+    """What a `Method` returns. See the module's docstring for the kinds."""
+
+    kind: ClassVar[str]
+    threat: ClassVar[str]
+    """What somebody who holds the model must do to undo the erasure."""
+    card: Card
+    extras: Mapping[str, Part]
+
+    @property
+    @abstractmethod
+    def names(self) -> frozenset[str]:
+        """The parameters or outputs that it changes; two attached edits may not share one."""
+
+    @abstractmethod
+    def _enter(self, model: Model) -> Attachment:
+        """Puts the edit in place, unchecked."""
+
+    @abstractmethod
+    def _pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Tensors and JSON settings, from which `_unpack` makes the edit again."""
+
+    @classmethod
+    @abstractmethod
+    def _unpack(cls, tensors: dict[str, Tensor], settings: dict[str, Any], card: Card, extras: Mapping[str, Part]) -> Edit: ...
+
+    @contextmanager
+    def attach(self, model: Model, *, match: Match = "exact", check: bool = True) -> Iterator[Model]:
+        """The model with the edit in place; on leaving, the originals are back to the bit.
+
+        Edits form a stack and are detached in reverse order. `match` says how well the model must fit: "exact" (the very
+        weights, in any number format), "family", or "force". With `check` the denoising of the target must really change.
+
+        Raises Mismatch, Overlap (another attached edit holds the same tensor), NoEffect."""
+        self.card.check(model, match)
+        taken = self.names & frozenset().union(*(a.names for a in model.attached))
+        if taken:
+            raise Overlap(f"another attached edit already changes {sorted(taken)[0]!r} ({len(taken)} in common); detach it first")
+        before = [_probe(model, text) for text in self.card.probes] if check else []
+        attachment = self._enter(model)
+        model.attached.append(attachment)
+        try:
+            if check and before and all(torch.equal(a, _probe(model, t)) for a, t in zip(before, self.card.probes, strict=True)):
+                raise NoEffect(
+                    f"attached, the edit changes nothing for {', '.join(map(repr, self.card.probes))}; pass check=False if that is meant"
+                )
+            yield model
+        finally:
+            if model.attached[-1] is not attachment:
+                raise Overlap("edits are detached in reverse order, and a later one is still attached")
+            model.attached.pop()
+            attachment.undo()
+
+    def bake(self, model: Model, *, match: Match = "exact") -> None:
+        """Makes the change permanent in `model` (and in the pipeline around it). Raises Unsupported where the kind is no
+        weight change, Mismatch, or Overlap while edits are attached."""
+        raise Unsupported(f"a {self.kind} edit is a removable hook and no change of weights, so it cannot be baked in; use attach")
+
+    def save(self, path: str | Path) -> Path:
+        """Writes one safetensors file with the card in its header, and each extra beside it as NAME.EXTRA.safetensors."""
+        path = Path(path)
+        if path.suffix != ".safetensors":
+            raise InvalidEdit(f"an edit is saved as .safetensors, and {path.name!r} was given")
+        tensors, settings = self._pack()
+        for name, part in self.extras.items():
+            file.write(_beside(path, name), part.tensors, {"format": "efface-part", "version": VERSION, "info": part.info})
+        header = {"format": "efface-edit", "version": VERSION, "kind": self.kind, "threat": self.threat, "card": self.card.json()}
+        return file.write(path, tensors, {**header, "settings": settings, "extras": sorted(self.extras)})
+
+    @staticmethod
+    def load(path: str | Path) -> Edit:
+        """Reads what `save` wrote; extras that are not beside the file are left out. Raises InvalidEdit."""
+        path = Path(path)
+        tensors, header = file.read(path)
+        _check_header(header, "efface-edit", path)
+        kinds = {cls.kind: cls for cls in (WeightEdit, LowRankEdit, FeatureEdit, SamplingEdit, Chain)}
+        if header.get("kind") not in kinds:
+            raise InvalidEdit(f"{path} holds the unknown kind of edit {header.get('kind')!r}; known are {', '.join(kinds)}")
+        extras = {name: _read_part(_beside(path, name)) for name in header.get("extras", []) if _beside(path, name).exists()}
+        try:
+            return kinds[header["kind"]]._unpack(tensors, header["settings"], Card.from_json(header["card"]), extras)
+        except KeyError as error:
+            raise InvalidEdit(f"{path} lacks {error}; the file is corrupt, make it again") from error
+
+
+def _beside(path: Path, extra: str) -> Path:
+    return path.with_name(f"{path.stem}.{extra}.safetensors")
+
+
+def _read_part(path: Path) -> Part:
+    tensors, header = file.read(path)
+    _check_header(header, "efface-part", path)
+    return Part(tensors, header["info"])
+
+
+def _check_header(header: Mapping[str, Any], expected: str, path: Path) -> None:
+    if header.get("format") != expected:
+        raise InvalidEdit(f"{path} holds {header.get('format')!r}, and {expected!r} was expected")
+    if header.get("version") != VERSION:
+        raise InvalidEdit(f"{path} has the file version {header.get('version')!r}, and this efface reads {VERSION}; upgrade efface")
+
+
+@torch.no_grad()
+def _probe(model: Model, text: str) -> Tensor:
+    """A guided prediction on fixed noise at the middle of the schedule, not counted by the meter."""
+    spent = model.meter.forwards, model.meter.calls
+    x = noise_for(0, 1, model.latent_shape).to(model.device, model.dtype)
+    result = model.guided(x, model.schedule.train_steps // 2, model.encode([text]), model.encode([""]), 3.0)
+    model.meter.forwards, model.meter.calls = spent
+    return result
+
+
+def _put(model: Model, deltas: Mapping[str, Tensor]) -> Attachment:
+    """Swaps W + Δ in, in the network's own number format, and keeps W."""
+    slots = model.slots(deltas)
+    for name, delta in deltas.items():
+        if delta.shape != slots[name].tensor.shape:
+            raise Unsupported(
+                f"{name} has the shape {tuple(slots[name].tensor.shape)} in {model.id}, and the edit's is {tuple(delta.shape)}"
+            )
+    originals = tuple((slots[name], slots[name].tensor) for name in deltas)
+    for (slot, weight), delta in zip(originals, deltas.values(), strict=True):
+        changed = weight.detach().float() + delta.to(weight.device, torch.float32)
+        slot.put(nn.Parameter(changed.to(weight.dtype), requires_grad=weight.requires_grad))
+
+    def undo() -> None:
+        for slot, weight in originals:
+            slot.put(weight)
+
+    return Attachment(frozenset(deltas), originals, undo)
+
+
+def _bake(edit: Edit, model: Model, deltas: Mapping[str, Tensor], match: Match) -> None:
+    edit.card.check(model, match)
+    if model.attached:
+        raise Overlap("an edit cannot be baked in while others are attached; detach them first")
+    slots = model.slots(deltas)
+    with torch.no_grad():
+        for name, delta in deltas.items():
+            weight = slots[name].tensor
+            weight.copy_((weight.float() + delta.to(weight.device, torch.float32)).to(weight.dtype))
+
+
+@dataclass(frozen=True, eq=False)
+class WeightEdit(Edit):
+    """W + Δ for some parameters."""
+
+    kind: ClassVar[str] = "weight"
+    threat: ClassVar[str] = "a change of weights: whoever holds the original weights, or fine-tunes, can undo it; no flag turns it off"
+
+    deltas: Mapping[str, Tensor]
+    """Δ by full parameter name ("unet.….to_k.weight"), float32."""
+    card: Card
+    extras: Mapping[str, Part] = field(default_factory=dict)
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(self.deltas)
+
+    def _enter(self, model: Model) -> Attachment:
+        return _put(model, self.deltas)
+
+    def bake(self, model: Model, *, match: Match = "exact") -> None:
+        _bake(self, model, self.deltas, match)
+
+    def _pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return dict(self.deltas), {}
+
+    @classmethod
+    def _unpack(cls, tensors: dict[str, Tensor], settings: dict[str, Any], card: Card, extras: Mapping[str, Part]) -> WeightEdit:
+        return cls(tensors, card, extras)
+
+
+@dataclass(frozen=True, eq=False)
+class LowRankEdit(Edit):
+    """W + scale · up · down for some parameters (Hu et al., arXiv 2106.09685)."""
+
+    kind: ClassVar[str] = "low-rank"
+    threat: ClassVar[str] = "an adapter: removable while it is attached; baked in, it is a change of weights"
+
+    factors: Mapping[str, tuple[Tensor, Tensor]]
+    """(down (r, in…), up (out, r)) by full parameter name."""
+    card: Card
+    extras: Mapping[str, Part] = field(default_factory=dict)
+    scale: float = 1.0
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(self.factors)
+
+    def deltas(self, model: Model) -> dict[str, Tensor]:
+        """scale · up · down in the shape of each parameter, float32."""
+        shapes = {name: slot.tensor.shape for name, slot in model.slots(self.factors).items()}
+        full = {n: self.scale * up.float().flatten(1) @ down.float().flatten(1) for n, (down, up) in self.factors.items()}
+        for name, delta in full.items():
+            if delta.numel() != shapes[name].numel():
+                raise Unsupported(
+                    f"{name} has the shape {tuple(shapes[name])} in {model.id}, and the edit's factors give {tuple(delta.shape)}"
+                )
+        return {name: delta.reshape(shapes[name]) for name, delta in full.items()}
+
+    def _enter(self, model: Model) -> Attachment:
+        return _put(model, self.deltas(model))
+
+    def bake(self, model: Model, *, match: Match = "exact") -> None:
+        _bake(self, model, self.deltas(model), match)
+
+    def _pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        parts = {f"{n}/{side}": t for n, pair in self.factors.items() for side, t in zip(("down", "up"), pair, strict=True)}
+        return parts, {"scale": self.scale}
+
+    @classmethod
+    def _unpack(cls, tensors: dict[str, Tensor], settings: dict[str, Any], card: Card, extras: Mapping[str, Part]) -> LowRankEdit:
+        names = [name.removesuffix("/down") for name in tensors if name.endswith("/down")]
+        return cls({n: (tensors[f"{n}/down"], tensors[f"{n}/up"]) for n in names}, card, extras, settings["scale"])
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureMap:
+    """x ↦ x + ((x − offset) downᵀ) up on feature vectors x of width d; up = −down with orthonormal rows is a projection."""
+
+    offset: Tensor
+    """(d,)"""
+    down: Tensor
+    """(k, d)"""
+    up: Tensor
+    """(k, d)"""
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """x is (b l d) or (b d h w)."""
+        offset, down, up = (p.to(x.device, x.dtype) for p in (self.offset, self.down, self.up))
+        rows = x.movedim(1, -1) if x.ndim == 4 else x
+        rows = rows + ((rows - offset) @ down.T) @ up
+        return rows.movedim(-1, 1) if x.ndim == 4 else rows
+
+
+@dataclass(frozen=True, eq=False)
+class FeatureEdit(Edit):
+    """Maps on the outputs of named modules."""
+
+    kind: ClassVar[str] = "feature"
+    threat: ClassVar[str] = "a removable hook: whoever runs the model can leave it out"
+
+    maps: Mapping[str, FeatureMap]
+    """By full module name ("unet.mid_block.attentions.0")."""
+    card: Card
+    extras: Mapping[str, Part] = field(default_factory=dict)
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset(f"{name}()" for name in self.maps)
+
+    def _enter(self, model: Model) -> Attachment:
+        hooks = ExitStack()
+        modules = {name: model.module(name) for name in self.maps}
+        for name, transform in self.maps.items():
+            hooks.callback(modules[name].register_forward_hook(_hook(transform)).remove)
+        return Attachment(self.names, (), hooks.close)
+
+    def _pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return {f"{n}/{p}": getattr(m, p) for n, m in self.maps.items() for p in ("offset", "down", "up")}, {}
+
+    @classmethod
+    def _unpack(cls, tensors: dict[str, Tensor], settings: dict[str, Any], card: Card, extras: Mapping[str, Part]) -> FeatureEdit:
+        names = [name.removesuffix("/offset") for name in tensors if name.endswith("/offset")]
+        return cls({n: FeatureMap(*(tensors[f"{n}/{p}"] for p in ("offset", "down", "up"))) for n in names}, card, extras)
+
+
+def _hook(transform: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
+    """A forward hook; blocks that are called with return_dict=False give tuples, and must get tuples back."""
+
+    def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
+        return (transform(output[0]), *output[1:]) if isinstance(output, tuple) else transform(output)
+
+    return hook
+
+
+@dataclass(frozen=True, eq=False)
+class SamplingEdit(Edit):
+    """A rule on conditioning and guidance while sampling; no weight changes."""
+
+    kind: ClassVar[str] = "sampling"
+    threat: ClassVar[str] = "a rule of the sampler: whoever runs the model can leave it out"
+
+    rule: Rule
+    card: Card
+    extras: Mapping[str, Part] = field(default_factory=dict)
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset({f"rule:{self.rule.name}"})
+
+    def _enter(self, model: Model) -> Attachment:
+        model.rules.append(self.rule)
+        return Attachment(self.names, (), lambda: model.rules.remove(self.rule))
+
+    def _pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        return {}, {"rule": self.rule.name, "values": self.rule.settings()}
+
+    @classmethod
+    def _unpack(cls, tensors: dict[str, Tensor], settings: dict[str, Any], card: Card, extras: Mapping[str, Part]) -> SamplingEdit:
+        if settings["rule"] not in RULES:
+            raise InvalidEdit(f"the edit uses the unknown sampling rule {settings['rule']!r}; known are {', '.join(RULES)}")
+        return cls(RULES[settings["rule"]](**settings["values"]), card, extras)
+
+
+@dataclass(frozen=True, eq=False)
+class Chain(Edit):
+    """Several edits, attached in order."""
+
+    kind: ClassVar[str] = "chain"
+    threat: ClassVar[str] = "as its weakest part"
+
+    edits: tuple[Edit, ...]
+    card: Card
+    extras: Mapping[str, Part] = field(default_factory=dict)
+
+    @property
+    def names(self) -> frozenset[str]:
+        return frozenset().union(*(edit.names for edit in self.edits))
+
+    def _enter(self, model: Model) -> Attachment:
+        """Parts may build on each other: each meets the model with the ones before it in place."""
+        stack = ExitStack()
+        try:
+            parts = []
+            for edit in self.edits:
+                parts.append(edit._enter(model))
+                stack.callback(parts[-1].undo)
+        except BaseException:
+            stack.close()
+            raise
+        return Attachment(self.names, tuple(o for part in parts for o in part.originals), stack.close)
+
+    def bake(self, model: Model, *, match: Match = "exact") -> None:
+        hooks = [edit.kind for edit in self.edits if isinstance(edit, (FeatureEdit, SamplingEdit))]
+        if hooks:
+            raise Unsupported(f"a chain with a {hooks[0]} edit cannot be baked in, since that part is a removable hook; use attach")
+        self.card.check(model, match)
+        for edit in self.edits:
+            edit.bake(model, match="force")
+
+    def _pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        tensors: dict[str, Tensor] = {}
+        parts: list[dict[str, Any]] = []
+        for number, edit in enumerate(self.edits):
+            own, settings = edit._pack()
+            tensors |= {f"{number}|{name}": tensor for name, tensor in own.items()}
+            parts.append({"kind": edit.kind, "settings": settings, "card": edit.card.json()})
+        return tensors, {"parts": parts}
+
+    @classmethod
+    def _unpack(cls, tensors: dict[str, Tensor], settings: dict[str, Any], card: Card, extras: Mapping[str, Part]) -> Chain:
+        kinds = {k.kind: k for k in (WeightEdit, LowRankEdit, FeatureEdit, SamplingEdit, Chain)}
+        edits = []
+        for number, part in enumerate(settings["parts"]):
+            own = {n.removeprefix(f"{number}|"): t for n, t in tensors.items() if n.startswith(f"{number}|")}
+            edits.append(kinds[part["kind"]]._unpack(own, part["settings"], Card.from_json(part["card"]), {}))
+        return cls(tuple(edits), card, extras)

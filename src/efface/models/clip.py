@@ -1,0 +1,47 @@
+"""CLIP's tokenizer, from the merges that are shipped: no Hub is needed for it."""
+
+from __future__ import annotations
+
+import gzip
+from functools import cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
+MERGES = Path(__file__).parent / "configs" / "clip" / "merges.txt.gz"
+LENGTH = 77
+START, END = "<|startoftext|>", "<|endoftext|>"
+
+
+def byte_table() -> dict[str, int]:
+    """The printable stand-in of each byte, in the order of CLIP's vocabulary (from GPT-2, Radford et al. 2019)."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(b): b for b in printable} | {chr(256 + i): b for i, b in enumerate(others)}
+
+
+def spelt(token: str, table: dict[str, int]) -> str:
+    """The text that a token's bytes spell, or "" where they are no text of their own."""
+    try:
+        return bytes(table[mark] for mark in token).decode()
+    except (KeyError, UnicodeDecodeError):
+        return ""
+
+
+def clip_tokenizer(*, pad: str = END) -> CLIPTokenizer:
+    """CLIP's byte-level BPE of 49 408 tokens and 77 positions; `pad` is "!" in Stable Diffusion 2.x."""
+    from transformers import CLIPTokenizer
+
+    vocabulary, merges = _vocabulary()
+    return CLIPTokenizer(vocab=dict(vocabulary), merges=list(merges), model_max_length=LENGTH, pad_token=pad)
+
+
+@cache
+def _vocabulary() -> tuple[dict[str, int], tuple[tuple[str, str], ...]]:
+    lines = gzip.decompress(MERGES.read_bytes()).decode().splitlines()
+    merges = tuple((left, right) for left, right in (line.split(" ") for line in lines))
+    marks = list(byte_table())
+    tokens = [*marks, *(mark + "</w>" for mark in marks), *("".join(pair) for pair in merges), START, END]
+    return {token: i for i, token in enumerate(tokens)}, merges
