@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from efface.bench.protocols import erasure
 from efface.bench.plan import Plan
+from efface.bench.protocols import erasure
 from efface.bench.result import Result
 from efface.concepts.vocabulary import read
 from efface.core.card import Card
@@ -45,7 +45,10 @@ class Brightness(Detector):
     def look(self, images: Tensor, kind: str = "object") -> list[Sighting]:
         starts = (images.mean(dim=(1, 2, 3)) * 1e4).long() % len(self.known)
         rows = [tuple(self.known[(int(s) + i) % len(self.known)] for i in range(5)) for s in starts]
-        return [Sighting() if self.fails and i % self.fails == 0 else Sighting(row, (0.9, 0.5, 0.3, 0.2, 0.1), 0.25) for i, row in enumerate(rows)]
+        return [
+            Sighting() if self.fails and i % self.fails == 0 else Sighting(row, (0.9, 0.5, 0.3, 0.2, 0.1), 0.25)
+            for i, row in enumerate(rows)
+        ]
 
 
 def small(size: int = 3) -> Plan:

@@ -98,7 +98,9 @@ def test_the_first_shots_of_a_role_show_different_concepts() -> None:
     assert len({s.concept for s in shown if s.role == "unrelated"}) == 8
 
 
-@pytest.mark.parametrize(("task", "message"), [(Task.of("kat"), "no object 'kat'; did you mean 'cat'"), (Task.of("style:cat"), "no style 'cat'")])
+@pytest.mark.parametrize(
+    ("task", "message"), [(Task.of("kat"), "no object 'kat'; did you mean 'cat'"), (Task.of("style:cat"), "no style 'cat'")]
+)
 def test_a_target_that_the_world_does_not_know(task: Task, message: str) -> None:
     with pytest.raises(InvalidTask, match=message):
         erasure.plan(task, world=WORLD)

@@ -32,7 +32,9 @@ def samples(*rows: tuple[str, str, str]) -> tuple[Samples, Samples]:
 
 
 def test_esr_counts_targets_alone() -> None:
-    pair = samples(("target:cat", "cat", "dog"), ("target:cat", "cat", "tiger"), ("unrelated:dog", "dog", "cat"), ("pair:cat", "both", "dog"))
+    pair = samples(
+        ("target:cat", "cat", "dog"), ("target:cat", "cat", "tiger"), ("unrelated:dog", "dog", "cat"), ("pair:cat", "both", "dog")
+    )
     assert (ESR(1).measure(*pair).before.value, ESR(1).measure(*pair).after.value) == (0, 1)
     assert ESR(2).measure(*pair).after.value == 0.5  # the second picture still shows a trace
     assert ESR(2, threshold=0.5).measure(*pair).after.value == 1  # a stricter threshold, from the same raw sightings
@@ -43,7 +45,9 @@ def test_esr_counts_targets_alone() -> None:
 
 
 def test_psr_counts_the_others_and_the_partner_of_a_pair() -> None:
-    pair = samples(("target:cat", "cat", "dog"), ("unrelated:dog", "dog", "dog"), ("neighbour:tiger", "tiger", "nothing"), ("pair:cat", "both", "cat"))
+    pair = samples(
+        ("target:cat", "cat", "dog"), ("unrelated:dog", "dog", "dog"), ("neighbour:tiger", "tiger", "nothing"), ("pair:cat", "both", "cat")
+    )
     assert (PSR(1).measure(*pair).before.value, PSR(1).measure(*pair).after.value) == (1, 0.5)
     assert PSR(1, roles=("neighbour",)).measure(*pair).change.value == -1
     assert PSR(2, roles=("pair",)).measure(*pair).change.value == -1
@@ -59,7 +63,9 @@ def test_nothing_counts_as_erased_and_as_not_preserved_and_is_told() -> None:
 
 
 def test_what_is_undetermined_is_neither() -> None:
-    pair = samples(("target:cat", "cat", "broken"), ("target:cat", "cat", "cat"), ("unrelated:dog", "dog", "broken"), ("unrelated:dog", "dog", "dog"))
+    pair = samples(
+        ("target:cat", "cat", "broken"), ("target:cat", "cat", "cat"), ("unrelated:dog", "dog", "broken"), ("unrelated:dog", "dog", "dog")
+    )
     for metric, value in ((ESR(1), 0), (PSR(1), 1)):
         after = metric.measure(*pair).after
         assert (after.value, after.n, after.undetermined) == (value, 1, 1)

@@ -4,6 +4,7 @@ from itertools import combinations, pairwise
 
 import pytest
 import torch
+
 from efface.core.sampling import seeded
 from efface.ops.candidates import distances, intervals, nearest, spread
 

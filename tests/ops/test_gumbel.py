@@ -1,6 +1,7 @@
 """The Gumbel-Softmax: the law of its draws, exact one-hot rows, and the gradient that straight-through keeps."""
 
 import torch
+
 from efface.core.sampling import seeded
 from efface.ops.gumbel import Adversary, gumbel, gumbel_softmax
 

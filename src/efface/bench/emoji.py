@@ -101,7 +101,7 @@ class Prompts:
 
 def find(world: Vocabulary, concept: Concept) -> tuple[str, str]:
     """("object" | "group" | "style", its name in the world). Raises InvalidTask for what the world cannot draw or judge."""
-    things = {group.name: "group" for group in world.groups} | {name: "object" for name in world.objects}
+    things = {group.name: "group" for group in world.groups} | dict.fromkeys(world.objects, "object")
     names = {style.name: "style" for style in world.styles} if concept.kind == "style" else things
     for name, sort in names.items():
         if name.casefold() == concept.key:
@@ -145,7 +145,9 @@ def _neighbours(prompts: Prompts, found: list[tuple[str, str]], size: Size) -> l
     others = [s.name for s in prompts.world.styles if s.name not in styles] if styles else []
     lists = [prompts.of_objects(near, size.neighbour // (2 if near and others else 1), "neighbour")] if near else []
     total = size.neighbour // 2 if near else size.neighbour
-    lists += [prompts.of_style(s, n, "neighbour", 7 * i) for i, (s, n) in enumerate(zip(others, shares(total, max(1, len(others))), strict=False))]
+    lists += [
+        prompts.of_style(s, n, "neighbour", 7 * i) for i, (s, n) in enumerate(zip(others, shares(total, max(1, len(others))), strict=False))
+    ]
     return interleave(lists)
 
 

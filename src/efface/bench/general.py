@@ -12,7 +12,24 @@ OBJECT_FORMS = ("a photo of {a}", "{a}", "a painting of {a}", "a close-up of {a}
 STYLE_FORMS = ("a house by a river in the style of {n}", "a portrait in the style of {n}", "a bowl of fruit in the style of {n}", "{n}")
 NAME_FORMS = ("a photo of {n}", "a portrait of {n}", "{n} walking in a street", "a drawing of {n}")
 FORMS = {"object": OBJECT_FORMS, "style": STYLE_FORMS, "identity": NAME_FORMS, "unsafe": NAME_FORMS, "other": ("{n}", "a photo of {n}")}
-EVERYDAY = ("dog", "car", "tree", "house", "bicycle", "apple", "guitar", "boat", "chair", "flower", "mountain", "teacup", "bridge", "clock", "bird", "lamp")
+EVERYDAY = (
+    "dog",
+    "car",
+    "tree",
+    "house",
+    "bicycle",
+    "apple",
+    "guitar",
+    "boat",
+    "chair",
+    "flower",
+    "mountain",
+    "teacup",
+    "bridge",
+    "clock",
+    "bird",
+    "lamp",
+)
 """Unrelated concepts; those that the task names are left out."""
 
 
@@ -58,12 +75,14 @@ def _pairs(targets: list[Concept], others: list[Concept], total: int) -> list[Sh
     for target, count in zip(targets, shares(total, max(1, len(targets))), strict=False):
         partners = [others[i % len(others)].name for i in range(count)]
         prompts = [f"{article(target.name)} beside {article(partner)}" for partner in partners]
-        lists.append([Shot(p, 0, "pair", target.name, (target.name,), "object", partner) for p, partner in zip(prompts, partners, strict=True)])
+        lists.append(
+            [Shot(p, 0, "pair", target.name, (target.name,), "object", partner) for p, partner in zip(prompts, partners, strict=True)]
+        )
     return interleave(lists)
 
 
 def article(name: str) -> str:
-    """"a cat", "an apple"; a name that has an article or a capital keeps its form."""
+    """ "a cat", "an apple"; a name that has an article or a capital keeps its form."""
     if name.split()[0].lower() in ("a", "an", "the", "some") or name[0].isupper():
         return name
     return f"{'an' if name[0] in 'aeiou' else 'a'} {name}"

@@ -99,7 +99,7 @@ class Result:
     settings: Settings
     lines: tuple[Line, ...]
     concepts: tuple[ConceptLine, ...]
-    """The most hurt first."""
+    """The most surely hurt first."""
     changes: tuple[Change, ...]
     unmeasured: tuple[str, ...]
     """What was not measured and why, in sentences."""
@@ -173,5 +173,5 @@ def _score(data: Mapping[str, Any]) -> Score:
 
 
 def _contrast(data: Mapping[str, Any]) -> Contrast:
-    relative = data["relative"]
-    return Contrast(*(_score(data[name]) for name in ("before", "after", "change")), relative and _score(relative))
+    before, after, change = (_score(data[name]) for name in ("before", "after", "change"))
+    return Contrast(before, after, change, _score(data["relative"]) if data["relative"] else None)

@@ -94,8 +94,11 @@ class Detector(ABC):
     """Says what stands in a picture. It must be independent of the model that drew it."""
 
     name: str
-    version: str
-    """Recognises the weights, so that two results can be compared."""
+
+    @property
+    @abstractmethod
+    def version(self) -> str:
+        """Recognises the weights, so that two results can be compared."""
 
     @abstractmethod
     def labels(self, kind: str = "object") -> tuple[str, ...]:

@@ -1,0 +1,1 @@
+"""What looks at pictures and models: detectors, metrics, attacks."""

@@ -5,6 +5,7 @@ Curves are SVG that takes the page's own colours (`currentColor` and CSS variabl
 
 from __future__ import annotations
 
+import html
 import io
 import re
 from collections.abc import Iterator
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 TILE = 96
 """Pixels of a picture in the grid, at least; larger pictures are shrunk to twice that."""
 MARGIN, LABEL, TITLE, GAP = 16, 62, 30, 4
-PAPER, INK, MUTED = "#ffffff", "#1c2024", "#697077"
+PAPER, INK, MUTED, EDGE = "#ffffff", "#1c2024", "#697077", "#dfe2e5"
 ROLE_TITLES = {
     "target": "Erased",
     "neighbour": "Neighbours",
@@ -48,7 +49,7 @@ def grid(result: Result, columns: int = 8) -> Image.Image:
     blocks = list(_blocks(result, columns))
     size = _tile(result.pictures.before)
     wide = max(len(rows) for _, rows in blocks)
-    high = TITLE + 2 * (size + GAP) + GAP + 18
+    high = TITLE + 2 * (size + GAP) + 2 * MARGIN
     sheet = Image.new("RGB", (2 * MARGIN + LABEL + wide * (size + GAP), 2 * MARGIN + len(blocks) * high), PAPER)
     draw = ImageDraw.Draw(sheet)
     for number, (role, rows) in enumerate(blocks):
@@ -58,9 +59,16 @@ def grid(result: Result, columns: int = 8) -> Image.Image:
             y = top + TITLE + side * (size + GAP)
             draw.text((MARGIN, y + size // 2 - 8), ("before", "after")[side], MUTED, ImageFont.load_default(14))
             for column, row in enumerate(rows):
-                sheet.paste(picture(images[row], size), (MARGIN + LABEL + column * (size + GAP), y))
+                corner = (MARGIN + LABEL + column * (size + GAP), y)
+                sheet.paste(picture(images[row], size), corner)
+                draw.rectangle((*corner, corner[0] + size - 1, corner[1] + size - 1), outline=EDGE)
         for column, row in enumerate(rows):
-            _caption(draw, (MARGIN + LABEL + column * (size + GAP), top + TITLE + 2 * (size + GAP)), size, result.before.shots[result.pictures.rows[row]])
+            _caption(
+                draw,
+                (MARGIN + LABEL + column * (size + GAP), top + TITLE + 2 * (size + GAP)),
+                size,
+                result.before.shots[result.pictures.rows[row]],
+            )
     return sheet
 
 
@@ -99,8 +107,8 @@ def losses(edit: Edit) -> str | None:
     labels = {"erase": "erasing loss", "keep": "preserving loss"}
     for colour, (name, curve) in zip(_SERIES, curves.items(), strict=False):
         steps = curve.isfinite().nonzero().flatten()
-        axes.plot(steps, curve[steps], color=colour, alpha=0.25, linewidth=0.8)
-        axes.plot(steps, _smooth(curve[steps]), color=colour, linewidth=1.8, label=labels[name])
+        axes.plot(steps.numpy(), curve[steps].numpy(), color=colour, alpha=0.25, linewidth=0.8)
+        axes.plot(steps.numpy(), _smooth(curve[steps]).numpy(), color=colour, linewidth=1.8, label=labels[name])
     if all(float(curve[curve.isfinite()].min()) > 0 for curve in curves.values()):
         axes.set_yscale("log")
     axes.set_xlabel("step")
@@ -137,12 +145,14 @@ def _words(steps: Tensor, logits: Tensor, names: list[str], target: str) -> str:
     best = best[chances[-1, best].argsort(descending=True)]
     rows = torch.linspace(0, len(steps) - 1, min(BINS, len(steps))).round().long()
     figure, axes = _figure(7.2, 0.6 + 0.21 * len(best))
-    image = axes.imshow(100 * chances[rows][:, best].T, aspect="auto", cmap="viridis", vmin=0, extent=(0, float(steps[-1]) + 1, len(best), 0))
+    image = axes.imshow(
+        (100 * chances[rows][:, best].T).numpy(), aspect="auto", cmap="viridis", vmin=0, extent=(0, float(steps[-1]) + 1, len(best), 0)
+    )
     axes.set_yticks([i + 0.5 for i in range(len(best))], [names[i] for i in best.tolist()])
     axes.set_xlabel("step")
     axes.tick_params(length=0)
     bar = figure.colorbar(image, ax=axes, pad=0.02, label="chance to be drawn (%)")
-    bar.outline.set_visible(False)  # type: ignore[operator]
+    bar.outline.set_visible(False)
     bar.ax.tick_params(colors=_MUTED, length=0)
     bar.ax.yaxis.label.set_color(_INK)
     return _svg(figure, f"words of {target}")
@@ -186,11 +196,17 @@ def _svg(figure: Figure, name: str) -> str:
     """The figure as an SVG element in the page's colours; the same figure gives the same text."""
     import matplotlib as mpl
 
-    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name}), io.StringIO() as buffer:
+    with mpl.rc_context({"svg.fonttype": "none", "svg.hashsalt": name, "text.parse_math": False}), io.StringIO() as buffer:
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
         text = buffer.getvalue()
     text = text[text.index("<svg") :]
-    for stand_in, colour in ((_INK, "currentColor"), (_MUTED, "var(--muted)"), *zip(_SERIES, ("var(--accent)", "var(--second)"), strict=True)):
+    for stand_in, colour in (
+        (_INK, "currentColor"),
+        (_MUTED, "var(--muted)"),
+        *zip(_SERIES, ("var(--accent)", "var(--second)"), strict=True),
+    ):
         text = text.replace(stand_in, colour)
     text = re.sub(r"<metadata>.*?</metadata>", "", text, flags=re.DOTALL)
-    return re.sub(r'<svg [^>]*?viewBox="([^"]+)"[^>]*>', rf'<svg role="img" aria-label="{name}" viewBox="\1" xmlns:xlink="http://www.w3.org/1999/xlink">', text)
+    (box,) = re.findall(r'<svg [^>]*?viewBox="([^"]+)"', text)
+    head = f'<svg role="img" aria-label="{html.escape(name)}" viewBox="{box}" xmlns:xlink="http://www.w3.org/1999/xlink">'
+    return head + text[text.index(">", text.index("viewBox")) + 1 :].rstrip()

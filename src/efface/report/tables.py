@@ -37,8 +37,9 @@ def markdown(result: Result) -> str:
     lines.insert(1, "|---" + "|---:" * (len(rows[0]) - 1) + "|")
     settings = result.settings
     caption = (
-        f"`{result.method}` on `{result.model}`, {result.task}. 95 % intervals; {settings.protocol}, prompts {settings.prompts}, seeds "
-        f"{settings.first_seed} to {settings.last_seed}, {settings.sampler} {settings.steps} steps, guidance {settings.guidance:g}; {_judge(result)}."
+        f"`{result.method}` on `{result.model}`, {result.task}. 95 % intervals; {settings.protocol}, prompts {settings.prompts}, "
+        f"seeds {settings.first_seed} to {settings.last_seed}, {settings.sampler} {settings.steps} steps, "
+        f"guidance {settings.guidance:g}; {_judge(result)}."
     )
     return "\n".join([*lines, "", caption])
 
@@ -54,7 +55,9 @@ def _fraction(score: Score) -> str:
 
 
 def _rows(lines: Sequence[Line]) -> list[tuple[str, ...]]:
-    return [(line.title, wording.count(c.after), _cell(c.before), _cell(c.after), _cell(c.change)) for line in lines for c in [line.contrast]]
+    return [
+        (line.title, wording.count(c.after), _cell(c.before), _cell(c.after), _cell(c.change)) for line in lines for c in [line.contrast]
+    ]
 
 
 def _changes(result: Result) -> list[tuple[str, ...]]:

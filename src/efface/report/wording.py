@@ -15,14 +15,14 @@ UNSURE = 0.2
 
 
 def value(score: Score) -> str:
-    """"98.3 %", "−1.4" (points, with a sign), "0.213"."""
+    """ "98.3 %", "−1.4" (points, with a sign), "0.213"."""
     if score.unit == "share":
         return f"{100 * score.value:.1f} %"
     return signed(score.value) if score.unit == "points" else f"{score.value:.3f}"
 
 
 def interval(score: Score) -> str:
-    """"91.1 to 99.7", in the unit of `value`."""
+    """ "91.1 to 99.7", in the unit of `value`."""
     if score.unit == "share":
         return f"{100 * score.low:.1f} to {100 * score.high:.1f}"
     if score.unit == "points":
@@ -37,12 +37,12 @@ def signed(points: float) -> str:
 
 
 def count(score: Score) -> str:
-    """"60", or "58 (2 undetermined)"."""
+    """ "60", or "58 (2 undetermined)"."""
     return f"{score.n} ({score.undetermined} undetermined)" if score.undetermined else str(score.n)
 
 
 def targets(result: Result) -> str:
-    """"“cat” and “dog”"."""
+    """ "“cat” and “dog”"."""
     names = [f"“{concept.name}”" for concept in Task.parse(result.task).targets]
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 

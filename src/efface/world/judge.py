@@ -101,7 +101,7 @@ class Judge:
             metadata = file.metadata() or {}
             if "judge" not in metadata:
                 raise ValueError(f"{path} is no judge: its header lacks the entry 'judge'")
-            state = {key: file.get_tensor(key).float() for key in file.keys()}  # noqa: SIM118 (no mapping)
+            state = {key: file.get_tensor(key).float() for key in file.keys()}
         card = json.loads(metadata["judge"])
         net = JudgeNet(len(card["names"]), len(card["styles"]), len(card["backgrounds"]))
         net.load_state_dict(state)

@@ -101,9 +101,7 @@ def transforms(place: Tensor) -> Tensor:
     return torch.stack([row_x, row_y], dim=-2)
 
 
-def render(
-    sprites: Sprites, scenes: Scenes, *, size: int = SIZE, supersample: int = 2, vocabulary: Vocabulary | None = None
-) -> Tensor:
+def render(sprites: Sprites, scenes: Scenes, *, size: int = SIZE, supersample: int = 2, vocabulary: Vocabulary | None = None) -> Tensor:
     """Draws scenes.
 
     Args:

@@ -77,9 +77,7 @@ def load(path: Path) -> Sprites:
 
     path = Path(path)
     if not path.is_file():
-        raise FileNotFoundError(
-            f"no sprite cache at {path}; build it with `npm ci` and `efface world sprites` (see docs/emoji.md)"
-        )
+        raise FileNotFoundError(f"no sprite cache at {path}; build it with `npm ci` and `efface world sprites` (see docs/emoji.md)")
     with safe_open(path, framework="pt") as file:
         metadata = file.metadata() or {}
         expected = names_of(read())

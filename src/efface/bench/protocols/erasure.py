@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,17 +17,16 @@ from torch import Tensor
 
 from efface.bench import emoji, general
 from efface.bench.plan import Plan, numbered
+from efface.bench.questions import OTHERS, QUESTIONS, TITLES
 from efface.bench.result import Change, ConceptLine, Line, Pictures, Result, Settings
 from efface.concepts.vocabulary import Vocabulary
 from efface.core.card import versions
 from efface.core.edit import Edit
-from efface.core.evidence import Detector, Metric, Role, Samples, Score, Shot, Sighting, check_determined
+from efface.core.evidence import Detector, Samples, Score, Shot, Sighting, check_determined
 from efface.core.method import Report, silent
 from efface.core.model import Model
 from efface.core.sampling import seeded
 from efface.core.task import Task
-from efface.evals.metrics.blank import Blank
-from efface.evals.metrics.esr import ESR
 from efface.evals.metrics.psr import PSR
 from efface.ops.intervals import bootstrap, number
 
@@ -36,14 +34,6 @@ BATCH = 64
 """Pictures drawn at once: two cores reach their full speed from 64 samples in a batch on."""
 STEPS = 20
 """Of the sampler, for the bundled model."""
-OTHERS: tuple[Role, ...] = ("neighbour", "kept", "unrelated")
-TITLES: dict[Role, str] = {
-    "target": "the erased concept",
-    "neighbour": "its neighbours",
-    "kept": "what was to be kept",
-    "unrelated": "unrelated concepts",
-    "pair": "the erased concept beside another",
-}
 
 
 def plan(task: Task, *, size: str = "quick", world: Vocabulary | None = None, seed: int = 0) -> Plan:
@@ -124,97 +114,6 @@ def look(detector: Detector, images: Tensor, shots: tuple[Shot, ...]) -> list[Si
     return [found[i] for i in range(len(shots))]
 
 
-@dataclass(frozen=True)
-class Question:
-    """A line of the table before it is measured."""
-
-    key: str
-    title: str
-    explanation: str
-    metric: Metric
-    roles: tuple[Role, ...]
-    headline: bool = False
-
-
-QUESTIONS = (
-    Question(
-        "target.ESR-1",
-        "Target no longer seen (ESR-1)",
-        "Of the pictures whose prompt asks for the erased concept, the share in which the judge's best guess is something else or nothing. 100 % is a "
-        "complete erasure.",
-        ESR(1),
-        ("target",),
-        headline=True,
-    ),
-    Question(
-        "target.ESR-5",
-        "No trace of the target (ESR-5)",
-        "The same, but stricter: the erased concept is not among the judge's five best guesses either.",
-        ESR(5),
-        ("target",),
-    ),
-    Question(
-        "others.PSR-1",
-        "Other concepts still seen (PSR-1)",
-        "Of the pictures whose prompt asks for something else, the share in which the judge's best guess is what was asked for. It should stay what it "
-        "was before.",
-        PSR(1),
-        OTHERS,
-        headline=True,
-    ),
-    Question(
-        "neighbour.PSR-1",
-        "… of these, neighbours",
-        "PSR-1 on the concepts most like the erased one, which an erasure hurts first.",
-        PSR(1, roles=("neighbour",), clusters="prompt"),
-        ("neighbour",),
-        headline=True,
-    ),
-    Question("kept.PSR-1", "… of these, named in keep", "PSR-1 on the concepts that were to be kept.", PSR(1, roles=("kept",)), ("kept",), headline=True),
-    Question(
-        "unrelated.PSR-1",
-        "… of these, unrelated",
-        "PSR-1 on concepts that have nothing to do with the erased one.",
-        PSR(1, roles=("unrelated",)),
-        ("unrelated",),
-        headline=True,
-    ),
-    Question("others.PSR-5", "Other concepts, a trace seen (PSR-5)", "The same as PSR-1, among the judge's five best guesses.", PSR(5), OTHERS),
-    Question(
-        "pair.ESR-2",
-        "In pairs: target gone",
-        "Of the pictures that ask for the erased concept beside another (“a cat beside a dog”), the share in which the erased one is not among the "
-        "judge's two best guesses.",
-        ESR(2, roles=("pair",)),
-        ("pair",),
-        headline=True,
-    ),
-    Question(
-        "pair.PSR-2",
-        "In pairs: partner still there",
-        "In the same pictures, the share in which the other one is among the judge's two best guesses.",
-        PSR(2, roles=("pair",), clusters="prompt"),
-        ("pair",),
-        headline=True,
-    ),
-    Question(
-        "target.blank",
-        "Nothing recognised, target prompts",
-        "The share of pictures in which the judge recognises nothing at all. Such a picture counts as erased: many of them mean a hole rather than a "
-        "replacement.",
-        Blank(roles=("target",)),
-        ("target",),
-    ),
-    Question(
-        "others.blank",
-        "Nothing recognised, other prompts",
-        "The same for everything else. Such a picture counts as not preserved: many of them mean a ruined model.",
-        Blank(),
-        OTHERS,
-    ),
-)
-
-
 def scores(before: Samples, after: Samples, *, seed: int = 0) -> list[Line]:
     """Every question whose roles occur, answered."""
     roles = {shot.role for shot in before.shots}
@@ -223,14 +122,14 @@ def scores(before: Samples, after: Samples, *, seed: int = 0) -> list[Line]:
 
 
 def by_concept(before: Samples, after: Samples, task: Task, *, seed: int = 0) -> list[ConceptLine]:
-    """PSR-1 of each concept that must stay, the most hurt first."""
+    """PSR-1 of each concept that must stay, the most surely hurt first: by the upper end of its change, then by its change."""
     kept = {concept.key for concept in task.keep}
     lines = []
     for concept, role in dict.fromkeys((s.concept, s.role) for s in before.shots if s.role in OTHERS):
         rows = [i for i, s in enumerate(before.shots) if (s.concept, s.role) == (concept, role)]
         contrast = PSR(1, roles=OTHERS, clusters="prompt").measure(_rows(before, rows), _rows(after, rows), seed=seed)
         lines.append(ConceptLine(concept, role, concept.casefold() in kept, contrast))
-    return sorted(lines, key=lambda line: (line.contrast.change.value, line.contrast.after.value))
+    return sorted(lines, key=lambda line: (line.contrast.change.high, line.contrast.change.value))
 
 
 def changes(before: Samples, after: Samples, *, seed: int = 0) -> list[Change]:
@@ -292,7 +191,7 @@ def _unmeasured(plan: Plan, detector: Detector | None) -> list[str]:
     missing = [f"No prompt shows {TITLES[role]}." for role in ("neighbour", "pair") if role not in plan.roles]
     if detector is None:
         missing.insert(0, "Whether the concept is gone and the others are still there: no detector looked, so judge the pictures by eye.")
-    return [*missing, "Whether an attack brings the concept back: see `efface attack`."]
+    return [*missing, "Whether an attack brings the concept back."]
 
 
 def _pictures(before: Samples, after: Samples, rows: tuple[int, ...]) -> Pictures | None:

@@ -1,0 +1,1 @@
+"""One file an attack: it tries to bring an erased concept back."""

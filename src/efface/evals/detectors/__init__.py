@@ -1,0 +1,1 @@
+"""One file a detector: it says what stands in a picture."""

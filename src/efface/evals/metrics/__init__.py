@@ -1,0 +1,1 @@
+"""One file a metric: a paired measurement before and after an edit."""

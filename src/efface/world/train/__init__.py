@@ -65,9 +65,7 @@ def train(
     return result
 
 
-def make(
-    stage: str, sprites: object, folder: Path, *, seed: int, steps: int | None, device: str | None, progress: bool = True
-) -> Stage:
+def make(stage: str, sprites: object, folder: Path, *, seed: int, steps: int | None, device: str | None, progress: bool = True) -> Stage:
     """A stage ready to run; `sprites` is what `efface.world.sprites.load` returns."""
     from dataclasses import replace
 

@@ -32,7 +32,7 @@ CORPUS = 20000
 def learn_tokenizer(folder: Path, seed: int) -> CLIPTokenizer:
     """Learns the tokenizer from drawn captions (and every single caption word) and writes it to `folder`."""
     generator = torch.Generator().manual_seed(seed)
-    counts = Counter({word: 1 for word in captions.words()})
+    counts = Counter(dict.fromkeys(captions.words(), 1))
     for text in captions.describe(scenes.draw(CORPUS, generator), generator).texts:
         counts.update(text.split())
     return tokenizer.write(folder, counts)
@@ -93,7 +93,7 @@ class Pair(Stage):
         texts, pictures = F.normalize(read.float(), dim=-1), F.normalize(seen.float(), dim=-1)
         true = captions.true_of(captioned, drawn).to(self.device)
         loss = contrast(texts, pictures, self.tower.scale(), true)
-        hits = ((texts @ pictures.T).masked_fill(true & ~torch.eye(len(true), dtype=torch.bool, device=self.device), -1))
+        hits = (texts @ pictures.T).masked_fill(true & ~torch.eye(len(true), dtype=torch.bool, device=self.device), -1)
         top = (hits.argmax(dim=0).cpu() == torch.arange(len(hits))).float().mean().item()
         return loss, {"top1": top, "scale": self.tower.scale().item()}
 

@@ -158,9 +158,7 @@ def run(stage: Stage, folder: Path, *, seed: int = 0, progress: bool = True, sto
     return stage.finish(folder)
 
 
-def advance(
-    stage: Stage, adam: torch.optim.AdamW, average: Average, generator: torch.Generator, step: int
-) -> dict[str, float]:
+def advance(stage: Stage, adam: torch.optim.AdamW, average: Average, generator: torch.Generator, step: int) -> dict[str, float]:
     """One optimiser step; returns the numbers to show."""
     for group in adam.param_groups:
         group["lr"] = stage.recipe.lr * factor(step, stage.recipe)
@@ -199,9 +197,7 @@ def save(
         torch.save(content, temporary)
 
 
-def resume(
-    path: Path, stage: Stage, adam: torch.optim.AdamW, average: Average, generator: torch.Generator, seed: int
-) -> int:
+def resume(path: Path, stage: Stage, adam: torch.optim.AdamW, average: Average, generator: torch.Generator, seed: int) -> int:
     """Restores everything from a checkpoint and returns the step to go on with."""
     content: dict[str, Any] = torch.load(path, map_location=stage.device, weights_only=True)
     if content["seed"] != seed:

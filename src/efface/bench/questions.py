@@ -1,0 +1,125 @@
+"""The lines of the erasure table: what each asks, in words for somebody who has never met the number, and how it is measured."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from efface.core.evidence import Metric, Role
+from efface.evals.metrics.blank import Blank
+from efface.evals.metrics.esr import ESR
+from efface.evals.metrics.psr import PSR
+
+OTHERS: tuple[Role, ...] = ("neighbour", "kept", "unrelated")
+"""The roles of what must stay."""
+TITLES: dict[Role, str] = {
+    "target": "the erased concept",
+    "neighbour": "its neighbours",
+    "kept": "what was to be kept",
+    "unrelated": "unrelated concepts",
+    "pair": "the erased concept beside another",
+}
+
+
+@dataclass(frozen=True)
+class Question:
+    """A line of the table before it is measured."""
+
+    key: str
+    title: str
+    explanation: str
+    metric: Metric
+    roles: tuple[Role, ...]
+    """It is asked where one of these occurs."""
+    headline: bool = False
+
+
+QUESTIONS = (
+    Question(
+        "target.ESR-1",
+        "Target no longer seen (ESR-1)",
+        "Of the pictures whose prompt asks for the erased concept, the share in which the judge's best guess is something else "
+        "or nothing. 100 % is a complete erasure.",
+        ESR(1),
+        ("target",),
+        headline=True,
+    ),
+    Question(
+        "target.ESR-5",
+        "No trace of the target (ESR-5)",
+        "The same, but stricter: the erased concept is not among the judge's five best guesses either.",
+        ESR(5),
+        ("target",),
+    ),
+    Question(
+        "others.PSR-1",
+        "Other concepts still seen (PSR-1)",
+        "Of the pictures whose prompt asks for something else, the share in which the judge's best guess is what was asked for. "
+        "It should stay what it was before.",
+        PSR(1),
+        OTHERS,
+        headline=True,
+    ),
+    Question(
+        "neighbour.PSR-1",
+        "… of these, neighbours",
+        "PSR-1 on the concepts most like the erased one, which an erasure hurts first.",
+        PSR(1, roles=("neighbour",), clusters="prompt"),
+        ("neighbour",),
+        headline=True,
+    ),
+    Question(
+        "kept.PSR-1",
+        "… of these, named in keep",
+        "PSR-1 on the concepts that were to be kept.",
+        PSR(1, roles=("kept",), clusters="prompt"),
+        ("kept",),
+        headline=True,
+    ),
+    Question(
+        "unrelated.PSR-1",
+        "… of these, unrelated",
+        "PSR-1 on concepts that have nothing to do with the erased one.",
+        PSR(1, roles=("unrelated",)),
+        ("unrelated",),
+        headline=True,
+    ),
+    Question(
+        "others.PSR-5",
+        "Other concepts, a trace seen (PSR-5)",
+        "The same as PSR-1, among the judge's five best guesses.",
+        PSR(5),
+        OTHERS,
+    ),
+    Question(
+        "pair.ESR-2",
+        "In pairs: target gone",
+        "Of the pictures that ask for the erased concept beside another (“a cat beside a dog”), the share in which the erased one "
+        "is not among the judge's two best guesses.",
+        ESR(2, roles=("pair",)),
+        ("pair",),
+        headline=True,
+    ),
+    Question(
+        "pair.PSR-2",
+        "In pairs: partner still there",
+        "In the same pictures, the share in which the other one is among the judge's two best guesses.",
+        PSR(2, roles=("pair",), clusters="prompt"),
+        ("pair",),
+        headline=True,
+    ),
+    Question(
+        "target.blank",
+        "Nothing recognised, target prompts",
+        "The share of pictures in which the judge recognises nothing at all. Such a picture counts as erased: many of them mean a "
+        "hole rather than a replacement.",
+        Blank(roles=("target",)),
+        ("target",),
+    ),
+    Question(
+        "others.blank",
+        "Nothing recognised, other prompts",
+        "The same for everything else. Such a picture counts as not preserved: many of them mean a ruined model.",
+        Blank(),
+        OTHERS,
+    ),
+)

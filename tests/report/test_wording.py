@@ -1,0 +1,103 @@
+"""Numbers in words, and a verdict that follows from them and hides nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+
+from efface.bench.result import Line, Result
+from efface.core.evidence import Contrast, Score
+from efface.report import tables, wording
+
+from .conftest import Run
+
+
+def contrast(before: float, after: float, n: int = 100) -> Contrast:
+    """Shares of n items; the first ones are hits."""
+    items = [[i < round(share * n) for i in range(n)] for share in (before, after)]
+    return Contrast.shares("x", *items, [str(i) for i in range(n)], "higher")
+
+
+def result(run: Run, task: str = "cat", **lines: tuple[float, float]) -> Result:
+    keys = {"target": "target.ESR-1", "others": "others.PSR-1", "blank": "others.blank"}
+    return replace(run.result, task=task, lines=tuple(Line(keys[k], k, "", contrast(*v)) for k, v in lines.items()))
+
+
+def test_values() -> None:
+    share = Score("x", 0.98333, 0.911, 0.9971, 60)
+    assert (wording.value(share), wording.interval(share), wording.count(share)) == ("98.3 %", "91.1 to 99.7", "60")
+    points = Score("x", -0.0142, -0.05, 0.012, 58, unit="points", undetermined=2)
+    assert (wording.value(points), wording.interval(points), wording.count(points)) == ("−1.4", "−5.0 to +1.2", "58 (2 undetermined)")
+    assert wording.value(Score("x", 0.12345, 0, 1, 5, unit="rms")) == "0.123"
+    assert wording.signed(-0.0001) == "0.0"
+
+
+@pytest.mark.parametrize(
+    ("target", "others", "expected"),
+    [
+        ((0.0, 0.98), (0.98, 0.97), "“cat” is erased, and other concepts are kept"),
+        ((0.0, 0.7), (0.98, 0.88), "“cat” is partly erased, and other concepts are somewhat hurt"),
+        ((0.0, 0.2), (0.98, 0.5), "“cat” is not erased, and other concepts are badly hurt"),
+        ((0.6, 0.6), (0.98, 0.98), "“cat” is not erased, and other concepts are kept"),
+    ],
+)
+def test_the_headline_follows_the_numbers(run: Run, target: tuple[float, float], others: tuple[float, float], expected: str) -> None:
+    assert wording.headline(result(run, target=target, others=others)) == expected
+
+
+def test_several_targets(run: Run) -> None:
+    assert wording.headline(result(run, task="cat; dog", target=(0, 1))) == "“cat” and “dog” are erased"
+
+
+def test_the_verdict_holds_both_intervals_and_the_un_erased_model(run: Run) -> None:
+    text = wording.verdict(result(run, target=(0.02, 0.98), others=(0.98, 0.97)))
+    assert "98.0 % of 100 pictures that ask for it (95 % interval 93.0 to 99.4; before the edit 2.0 %)" in text
+    assert "97.0 % of 100 pictures still show what was asked for" in text
+    assert "a change of −1.0 points" in text
+    assert "But" not in text
+
+
+def test_what_spoils_a_finding_is_said(run: Run) -> None:
+    weak = wording.verdict(result(run, target=(0.4, 1.0), others=(0.9, 0.9)))
+    assert "But the un-erased model itself fails to show it in 40.0 % of the same pictures." in weak
+    ruined = wording.verdict(result(run, target=(0.0, 1.0), others=(0.9, 0.1), blank=(0.0, 0.9)))
+    assert "In 90.0 % of the other pictures nothing at all is recognised: the model is damaged." in ruined
+
+
+def test_without_a_detector_nothing_is_claimed(run: Run) -> None:
+    text = wording.verdict(run.bare)
+    assert text.startswith("Nothing was judged: no detector looked at the pictures.")
+    assert "% for the erased concept" in text
+    assert "erased:" not in text
+
+
+def test_the_table_is_aligned_and_complete(run: Run) -> None:
+    lines = tables.text(run.result).splitlines()
+    rows = lines[2 : 3 + len(run.result.lines)]
+    assert len({len(row) for row in rows}) == 1
+    for row, line in zip(rows[1:], run.result.lines, strict=True):
+        assert row.startswith(line.title)
+        assert f"{wording.value(line.contrast.after)} [{wording.interval(line.contrast.after)}]" in row
+    assert "DDIMScheduler 2 steps, guidance 2 · judged by emoji-judge untrained" in lines[-1]
+    bare = tables.text(run.bare)
+    assert "not measured: Whether the concept is gone" in bare
+    assert "of unrelated" in bare
+
+
+def test_markdown(run: Run) -> None:
+    lines = tables.markdown(run.result).splitlines()
+    table = [line for line in lines if line.startswith("|")]
+    assert len(table) == 2 + len(run.result.lines)
+    assert len({line.count("|") for line in table}) == 1
+    assert run.result.settings.prompts in lines[-1]
+    assert tables.markdown(run.bare).startswith("|  | n | distance")
+
+
+def test_only_what_lost_is_called_hurt(run: Run) -> None:
+    lost, won, same = (
+        replace(run.result.concepts[0], concept=name, contrast=contrast(*c, 20))
+        for name, c in {"lion": (1.0, 0.6), "wolf": (0.5, 0.6), "bear": (1.0, 1.0)}.items()
+    )
+    assert tables.hurt(replace(run.result, concepts=(lost, won, same))) == "lion (20/20 → 12/20)"
+    assert tables.hurt(replace(run.result, concepts=(same,))) == ""
