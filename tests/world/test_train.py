@@ -51,7 +51,9 @@ def test_interrupted_is_uninterrupted(tmp_path: Path) -> None:
     assert all(torch.equal(one[key], two[key]) for key in one)
 
 
-def test_interrupted_judge_is_uninterrupted(tmp_path: Path, art: sprites.Sprites) -> None:
+def test_interrupted_judge_is_uninterrupted(tmp_path: Path, art: sprites.Sprites, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(judging, "CALIBRATED", 256)
+
     def stage() -> judging.Judging:
         made = judging.Judging(art, seed=0, steps=3, device=CPU)
         made.recipe = replace(made.recipe, batch=4)
@@ -124,6 +126,8 @@ def test_the_whole_recipe_runs_and_exports(tmp_path: Path, cache: Path, monkeypa
     for module in (clip, vae, unet, judging):
         monkeypatch.setattr(module, "RECIPE", replace(module.RECIPE, steps=1, batch=2))
     monkeypatch.setattr(clip, "CORPUS", 50)
+    monkeypatch.setattr(vae, "MEASURED", 64)
+    monkeypatch.setattr(judging, "CALIBRATED", 256)
     monkeypatch.setattr(unet, "SCENES", 4)
     train("all", tmp_path, sprites=cache, steps=1, device="cpu", progress=False)
     out = export(tmp_path, tmp_path / "weights")

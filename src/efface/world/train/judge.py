@@ -27,6 +27,8 @@ QUANTILE = 0.995
 """The threshold lies at this quantile of the best object probability over pictures of nothing ..."""
 FLOOR = 0.3
 """... but not below this."""
+CALIBRATED = 4096
+"""Pictures of nothing that it is measured on."""
 
 
 def uniform(count: int, low: float, high: float, generator: torch.Generator) -> Tensor:
@@ -158,9 +160,9 @@ class Judging(Stage):
 
 
 @torch.no_grad()
-def calibrate(net: JudgeNet, count: int = 4096) -> float:
-    """The `QUANTILE` of the best object probability over pictures of nothing, at least `FLOOR`."""
+def calibrate(net: JudgeNet) -> float:
+    """The `QUANTILE` of the best object probability over `CALIBRATED` pictures of nothing, at least `FLOOR`."""
     generator = torch.Generator().manual_seed(2)
     device = net.objects.weight.device
-    best = [net(nothing(256, generator).to(device))[0].sigmoid().amax(1) for _ in range(count // 256)]
+    best = [net(nothing(256, generator).to(device))[0].sigmoid().amax(1) for _ in range(max(1, CALIBRATED // 256))]
     return max(FLOOR, torch.cat(best).quantile(QUANTILE).item())

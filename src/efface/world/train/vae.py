@@ -23,6 +23,8 @@ CHROMA = 1.0
 """Weight of the colour-difference loss: lightness is learned fast without it, the colours of small parts are not."""
 KL = 1e-6
 """Weight of the divergence from the standard normal prior."""
+MEASURED = 1024
+"""Scenes over which the spread of the latents is measured."""
 
 
 def architecture(seed: int, channels: tuple[int, ...] = (16, 32, 64, 128)) -> AutoencoderKL:
@@ -87,10 +89,10 @@ def half(device: torch.device) -> contextlib.AbstractContextManager[None]:
 
 
 @torch.no_grad()
-def spread(vae: AutoencoderKL, sprites: Sprites, count: int = 1024) -> float:
-    """Standard deviation of the latents of `count` fixed scenes; its inverse is the `scaling_factor`."""
+def spread(vae: AutoencoderKL, sprites: Sprites) -> float:
+    """Standard deviation of the latents of `MEASURED` fixed scenes; its inverse is the `scaling_factor`."""
     generator = torch.Generator().manual_seed(1)
-    pictures = (scenes.render(sprites, scenes.draw(64, generator)) * 2 - 1 for _ in range(max(1, count // 64)))
+    pictures = (scenes.render(sprites, scenes.draw(64, generator)) * 2 - 1 for _ in range(max(1, MEASURED // 64)))
     latents = torch.cat([vae.encode(x).latent_dist.mean for x in pictures])
     return latents.std().item()
 
