@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from efface.core.card import Card
-from efface.core.edit import Edit, Part, WeightEdit
+from efface.core.edit import Part, WeightEdit
 from efface.core.errors import Diverged, InvalidMethod, InvalidTask
 from efface.core.method import Method, Needs, Paper, Resources
 from efface.core.model import Cond, Model
@@ -154,7 +154,7 @@ class AP(Method):
         """Steps from one step on the network to the next (P)."""
         return 1 if self.random_word else 1 + self.ascent
 
-    def fit(self, model: Model, task: Task, *, seed: int = 0, resources: Resources = Resources()) -> Edit:
+    def fit(self, model: Model, task: Task, *, seed: int = 0, resources: Resources = Resources()) -> WeightEdit:
         self.require(model, task)
         model.meter.reset()
         total, rate = self.steps * self.period, self.lr * model.lr_scale

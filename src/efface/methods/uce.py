@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 
 from efface.core.card import Card
-from efface.core.edit import Edit, Part, WeightEdit
+from efface.core.edit import Part, WeightEdit
 from efface.core.errors import InvalidMethod
 from efface.core.method import Method, Needs, Paper, Resources
 from efface.core.model import Cond, Model
@@ -91,7 +91,7 @@ class UCE(Method):
         if not self.regulariser > 0:
             raise InvalidMethod(f"uce's regulariser was {self.regulariser}; expected a number above 0")
 
-    def fit(self, model: Model, task: Task, *, seed: int = 0, resources: Resources = Resources()) -> Edit:
+    def fit(self, model: Model, task: Task, *, seed: int = 0, resources: Resources = Resources()) -> WeightEdit:
         self.require(model, task)
         model.meter.reset()
         with model.frozen(), torch.no_grad():
