@@ -39,7 +39,7 @@ def test_values() -> None:
         ((0.0, 0.98), (0.98, 0.97), "“cat” is erased, and other concepts are kept"),
         ((0.0, 0.7), (0.98, 0.88), "“cat” is partly erased, and other concepts are somewhat hurt"),
         ((0.0, 0.2), (0.98, 0.5), "“cat” is not erased, and other concepts are badly hurt"),
-        ((0.6, 0.6), (0.98, 0.98), "“cat” is not erased, and other concepts are kept"),
+        ((0.4, 0.4), (0.98, 0.98), "“cat” is not erased, and other concepts are kept"),
     ],
 )
 def test_the_headline_follows_the_numbers(run: Run, target: tuple[float, float], others: tuple[float, float], expected: str) -> None:
@@ -101,3 +101,9 @@ def test_only_what_lost_is_called_hurt(run: Run) -> None:
     )
     assert tables.hurt(replace(run.result, concepts=(lost, won, same))) == "lion (20/20 → 12/20)"
     assert tables.hurt(replace(run.result, concepts=(same,))) == ""
+
+
+def test_no_headline_claims_an_erasure_of_what_was_hardly_drawn(run: Run) -> None:
+    assert "too few to tell" in wording.headline(result(run, target=(0.9, 1), others=(1, 1)))
+    assert "too rarely drawn" in wording.verdict(result(run, target=(0.9, 1), others=(1, 1)))
+    assert wording.headline(result(run, target=(0.1, 1), others=(1, 1))).endswith("is erased, and other concepts are kept")

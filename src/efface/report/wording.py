@@ -10,6 +10,8 @@ ERASED, PARTLY = 0.95, 0.5
 """From which ESR-1 on a target is called erased, and partly erased."""
 KEPT, HURT = 0.05, 0.15
 """Up to which loss of PSR-1 the others are called kept, and somewhat hurt."""
+SHOWN = 0.5
+"""Below which share of un-erased pictures that show the target no headline says that it was erased."""
 UNSURE = 0.2
 """From which share of un-erased pictures without the target, or of pictures of nothing, the verdict says so."""
 
@@ -63,6 +65,9 @@ def headline(result: Result) -> str:
     target, others = result.line("target.ESR-1"), result.line("others.PSR-1")
     if target is None:
         return f"{targets(result)}: not judged"
+    before = target.contrast.before
+    if before.value > 1 - SHOWN:
+        return f"{targets(result)}: the un-erased model shows it in {100 * (1 - before.value):.0f} % of the pictures only, too few to tell"
     first = f"{targets(result)} {_verb(result)} {_degree(target)}"
     return first if others is None else f"{first}, and other concepts are {_harm(others)}"
 
@@ -73,6 +78,8 @@ def _verb(result: Result) -> str:
 
 def _degree(line: Line) -> str:
     share = line.contrast.after.value
+    if line.contrast.before.value > 1 - SHOWN:
+        return "too rarely drawn by the un-erased model to tell"
     if share >= ERASED:
         return "erased"
     return "partly erased" if share >= PARTLY and line.contrast.change.low > 0 else "not erased"
