@@ -18,7 +18,7 @@ from efface.world.tokenizer import LENGTH
 from efface.world.train import clip, vae
 from efface.world.train.loop import Recipe, Stage
 
-RECIPE = Recipe(steps=6000, batch=64, lr=8e-4, warmup=200)
+RECIPE = Recipe(steps=10000, batch=64, lr=8e-4, warmup=200)
 SCENES = 30720
 """Scenes whose latents are cached; each visit draws another caption, noise and time."""
 DROPOUT = 0.1
@@ -102,16 +102,15 @@ class Denoiser(Stage):
         seed: int,
         steps: int | None,
         device: torch.device,
-        count: int = SCENES,
         progress: bool = True,
     ) -> None:
         self.recipe = replace(RECIPE, steps=steps or RECIPE.steps)
         self.device = device
         self.tokens, self.text = clip.load(folder, device)
         autoencoder = vae.load(folder, device)
-        path = folder / f"latents-{seed}-{count}.safetensors"
+        path = folder / f"latents-{seed}-{SCENES}.safetensors"
         if not path.is_file():
-            cache(path, sprites, autoencoder, seed=seed, count=count, progress=progress)
+            cache(path, sprites, autoencoder, seed=seed, count=SCENES, progress=progress)
         self.latents, self.scenes = read_cache(path)
         self.unet = architecture(seed).to(device)
         self.modules: dict[str, nn.Module] = {"unet": self.unet}

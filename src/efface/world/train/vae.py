@@ -16,7 +16,7 @@ from efface.world.files import whole_folder
 from efface.world.sprites import Sprites
 from efface.world.train.loop import Recipe, Stage
 
-RECIPE = Recipe(steps=8000, batch=8, lr=1e-3)
+RECIPE = Recipe(steps=20000, batch=8, lr=1e-3)
 EDGES = 0.5
 """Weight of the gradient loss."""
 CHROMA = 1.0
