@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,7 +28,7 @@ class Line(Stage):
             torch.manual_seed(0)
             self.modules: dict[str, nn.Module] = {"line": nn.Sequential(nn.Linear(1, 8), nn.SiLU(), nn.Linear(8, 1))}
 
-    def loss(self, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+    def loss(self, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         x = torch.randn(self.recipe.batch, 1, generator=generator)
         return (self.modules["line"](x) - 2 * x).square().mean(), {}
 
@@ -55,9 +54,7 @@ def test_interrupted_judge_is_uninterrupted(tmp_path: Path, art: sprites.Sprites
     monkeypatch.setattr(judging, "CALIBRATED", 256)
 
     def stage() -> judging.Judging:
-        made = judging.Judging(art, seed=0, steps=3, device=CPU)
-        made.recipe = replace(made.recipe, batch=4)
-        return made
+        return judging.Judging(art, seed=0, steps=3, batch=4, device=CPU)
 
     whole, rest = stage(), stage()
     made = run(whole, tmp_path / "a", progress=False)
@@ -84,7 +81,7 @@ def test_a_checkpoint_of_another_run_is_refused(tmp_path: Path) -> None:
 
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_checkpoint(tmp_path: Path) -> None:
     class Broken(Line):
-        def loss(self, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, float]]:
+        def loss(self, generator: torch.Generator) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
             value, shown = super().loss(generator)
             return value * float("nan"), shown
 
@@ -123,13 +120,11 @@ def test_the_whole_recipe_runs_and_exports(tmp_path: Path, cache: Path, monkeypa
     from efface.world.judge import Judge
     from efface.world.train import clip, unet, vae
 
-    for module in (clip, vae, unet, judging):
-        monkeypatch.setattr(module, "RECIPE", replace(module.RECIPE, steps=1, batch=2))
     monkeypatch.setattr(clip, "CORPUS", 50)
     monkeypatch.setattr(vae, "MEASURED", 64)
     monkeypatch.setattr(judging, "CALIBRATED", 256)
-    monkeypatch.setattr(unet, "SCENES", 4)
-    train("all", tmp_path, sprites=cache, steps=1, device="cpu", progress=False)
+    monkeypatch.setitem(unet.SCENES, "cpu", 4)
+    train("all", tmp_path, sprites=cache, steps=1, batch=2, device="cpu", progress=False)
     out = export(tmp_path, tmp_path / "weights")
     assert sorted(p.name for p in out.iterdir()) == ["CREDITS.md", "clip", "emoji", "judge.safetensors"]
     pipeline = StableDiffusionPipeline.from_pretrained(out / "emoji", local_files_only=True)

@@ -35,6 +35,7 @@ def train(
     sprites: Annotated[Path | None, typer.Option(help="The cache of sprites; by default the one in the folder.")] = None,
     seed: Seed = 0,
     steps: Annotated[int | None, typer.Option(min=1, help="Optimiser steps; by default the recipe's.")] = None,
+    batch: Annotated[int | None, typer.Option(min=1, help="Items per step; by default the recipe's.")] = None,
     device: Device = None,
     json: Json = False,
 ) -> None:
@@ -42,7 +43,7 @@ def train(
     from efface.world.train import train as run
 
     path = run(
-        stage, folder, sprites=sprites or folder / "sprites.safetensors", seed=seed, steps=steps, device=device or "cpu", progress=True
+        stage, folder, sprites=sprites or folder / "sprites.safetensors", seed=seed, steps=steps, batch=batch, device=device or "cpu"
     )
     emit({"stage": stage, "result": str(path)}, f"{stage}: {path}", json)
 

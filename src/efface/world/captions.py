@@ -12,8 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from efface.concepts.vocabulary import Vocabulary, read
 from efface.world.scenes import Scenes
-from efface.world.vocabulary import Vocabulary, read
 
 TEMPLATES = ("{}", "an emoji of {}", "a picture of {}", "an image of {}", "a drawing of {}", "an icon of {}")
 PLAIN = 0.5

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from efface.core.whole import whole_file
 from efface.world.convnet import Trunk
-from efface.world.files import whole_file
 
 PIXELS = 64
 """The judge's input size; other pictures are resized to it."""

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from efface.concepts.vocabulary import Vocabulary, read
 from efface.world.sprites import Sprites
-from efface.world.vocabulary import Vocabulary, read
 
 SIZE = 64
 """Height and width of a scene in pixels."""

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from efface.world.files import whole_file
-from efface.world.vocabulary import Vocabulary, read
+from efface.concepts.vocabulary import Vocabulary, read
+from efface.core.whole import whole_file
 
 if TYPE_CHECKING:
     import torch

@@ -26,6 +26,7 @@ def train(
     sprites: Path,
     seed: int = 0,
     steps: int | None = None,
+    batch: int | None = None,
     device: str | None = None,
     progress: bool = True,
 ) -> Path:
@@ -36,7 +37,8 @@ def train(
         folder: the training folder, where checkpoints and results stand.
         sprites: the sprite cache, see `efface.world.sprites.build`.
         seed: seed of the initial weights, data and noise. The same seed, machine and number of threads give the same weights.
-        steps: optimiser steps; by default the recipe's.
+        steps: optimiser steps; by default the recipe's for this kind of device.
+        batch: items per step; likewise.
         device: "cpu", "cuda", ...; by default "cuda" where there is one.
         progress: whether to show progress bars.
 
@@ -52,20 +54,31 @@ def train(
 
     if stage != "all" and stage not in STAGES:
         raise ValueError(f"unknown stage {stage!r}; expected one of {', '.join((*STAGES, 'all'))}")
-    if steps is not None and steps < 1:
-        raise ValueError(f"steps must be at least 1, but {steps} was given; leave it out for the recipe's number")
+    for what, number in {"steps": steps, "batch": batch}.items():
+        if number is not None and number < 1:
+            raise ValueError(f"{what} must be at least 1, but {number} was given; leave it out for the recipe's number")
     folder = Path(folder)
     loaded = art.load(Path(sprites))
     result: Path | None = None
     for name in STAGES if stage == "all" else (stage,):
-        made = make(name, loaded, folder, seed=seed, steps=steps, device=device, progress=progress)
+        made = make(name, loaded, folder, seed=seed, steps=steps, batch=batch, device=device, progress=progress)
         result = run(made, folder, seed=seed, progress=progress)
     if result is None:
         raise RuntimeError(f"stage {stage!r} stopped before its end; run it again to go on from its checkpoint")
     return result
 
 
-def make(stage: str, sprites: object, folder: Path, *, seed: int, steps: int | None, device: str | None, progress: bool = True) -> Stage:
+def make(
+    stage: str,
+    sprites: object,
+    folder: Path,
+    *,
+    seed: int,
+    steps: int | None,
+    batch: int | None,
+    device: str | None,
+    progress: bool = True,
+) -> Stage:
     """A stage ready to run; `sprites` is what `efface.world.sprites.load` returns."""
     from dataclasses import replace
 
@@ -80,18 +93,18 @@ def make(stage: str, sprites: object, folder: Path, *, seed: int, steps: int | N
     if stage == "clip":
         from efface.world.train.clip import Pair
 
-        return Pair(sprites, folder=folder, seed=seed, steps=steps, device=target)
+        return Pair(sprites, folder=folder, seed=seed, steps=steps, batch=batch, device=target)
     if stage == "vae":
         from efface.world.train.vae import Autoencoder
 
-        return Autoencoder(sprites, seed=seed, steps=steps, device=target)
+        return Autoencoder(sprites, seed=seed, steps=steps, batch=batch, device=target)
     if stage == "unet":
         from efface.world.train.unet import Denoiser
 
-        return Denoiser(sprites, folder=folder, seed=seed, steps=steps, device=target, progress=progress)
+        return Denoiser(sprites, folder=folder, seed=seed, steps=steps, batch=batch, device=target, progress=progress)
     from efface.world.train.judge import Judging
 
-    return Judging(sprites, seed=seed, steps=steps, device=target)
+    return Judging(sprites, seed=seed, steps=steps, batch=batch, device=target)
 
 
 def export(folder: Path, out: Path) -> Path:

@@ -7,7 +7,6 @@ hundred objects a batch holds such pairs all the time.
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -16,14 +15,17 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from efface.core.whole import whole_folder
 from efface.world import captions, scenes, tokenizer
 from efface.world.clip import ImageTower, save_text_encoder, save_tower
-from efface.world.files import whole_folder
 from efface.world.sprites import Sprites
-from efface.world.train.loop import Recipe, Stage
+from efface.world.train.loop import Recipe, Stage, chosen
 from efface.world.train.vae import half
 
-RECIPE = Recipe(steps=1500, batch=128, lr=1e-3, ema=0.995)
+RECIPES = {
+    "cpu": Recipe(steps=1500, batch=128, lr=1e-3, ema=0.995),
+    "cuda": Recipe(steps=5200, batch=256, lr=1e-3, save_every=1000),
+}
 WIDTH = 128
 CORPUS = 20000
 """Captions that the tokenizer is learned from."""
@@ -71,8 +73,8 @@ class Pair(Stage):
 
     name: ClassVar[str] = "clip"
 
-    def __init__(self, sprites: Sprites, *, folder: Path, seed: int, steps: int | None, device: torch.device) -> None:
-        self.recipe = replace(RECIPE, steps=steps or RECIPE.steps)
+    def __init__(self, sprites: Sprites, *, folder: Path, seed: int, steps: int | None, batch: int | None, device: torch.device) -> None:
+        self.recipe = chosen(RECIPES, device, steps, batch)
         self.device = device
         self.sprites = sprites
         self.tokens = learn_tokenizer(folder / "tokenizer", seed)
@@ -82,7 +84,7 @@ class Pair(Stage):
             self.tower = ImageTower(WIDTH).to(device)
         self.modules: dict[str, nn.Module] = {"text": self.text, "tower": self.tower}
 
-    def loss(self, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         drawn = scenes.draw(self.recipe.batch, generator)
         captioned = captions.describe(drawn, generator)
         images = scenes.render(self.sprites, drawn)
@@ -94,8 +96,8 @@ class Pair(Stage):
         true = captions.true_of(captioned, drawn).to(self.device)
         loss = contrast(texts, pictures, self.tower.scale(), true)
         hits = (texts @ pictures.T).masked_fill(true & ~torch.eye(len(true), dtype=torch.bool, device=self.device), -1)
-        top = (hits.argmax(dim=0).cpu() == torch.arange(len(hits))).float().mean().item()
-        return loss, {"top1": top, "scale": self.tower.scale().item()}
+        top = (hits.argmax(dim=0) == torch.arange(len(hits), device=self.device)).float().mean()
+        return loss, {"top1": top, "scale": self.tower.scale().detach()}
 
     def finish(self, folder: Path) -> Path:
         with whole_folder(folder / "text_encoder") as temporary:

@@ -10,8 +10,9 @@ import torch
 from diffusers import StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
 
+from efface.core.whole import whole_folder
+from efface.world import captions
 from efface.world.clip import load_tower, save_text_encoder, save_tower
-from efface.world.files import whole_folder
 from efface.world.judge import Judge
 from efface.world.train import clip, unet, vae
 from efface.world.train.loop import checkpoint_path
@@ -57,7 +58,7 @@ def preview(folder: Path, out: Path) -> Path:
     if not path.is_file():
         raise FileNotFoundError(f"no checkpoint of the denoiser at {path}; start its training: efface world train unet")
     average = torch.load(path, map_location="cpu", weights_only=True)["average"]
-    denoiser = unet.architecture(0)
+    denoiser = unet.architecture(0, latent=vae.load(folder, torch.device("cpu")).config.latent_channels)
     denoiser.load_state_dict({key.removeprefix("unet."): value for key, value in average.items()})
     with whole_folder(out) as temporary:
         pipeline(folder, denoiser, temporary)
@@ -65,7 +66,7 @@ def preview(folder: Path, out: Path) -> Path:
 
 
 def pipeline(folder: Path, denoiser: UNet2DConditionModel, out: Path) -> None:
-    """Writes the diffusers folder: tokenizer with all four files, prefixed float32 text encoder, the rest in float16."""
+    """Writes the diffusers folder: tokenizer with its four files and whole words, prefixed float32 text encoder, the rest in float16."""
     tokens, text = clip.load(folder, torch.device("cpu"))
     StableDiffusionPipeline(
         vae=vae.load(folder, torch.device("cpu")).half(),
@@ -81,6 +82,7 @@ def pipeline(folder: Path, denoiser: UNet2DConditionModel, out: Path) -> None:
     (out / "efface.json").write_text(json.dumps(SETTINGS) + "\n", encoding="utf-8")
     for name in TOKENIZER:
         shutil.copy(folder / "tokenizer" / name, out / "tokenizer" / name)
+    (out / "tokenizer" / "words.txt").write_text("\n".join(captions.words()) + "\n", encoding="utf-8")
     state = load_file(out / "text_encoder" / "model.safetensors")
     if any(value.dtype != torch.float32 for value in state.values()):
         raise ValueError("the text encoder must be stored in float32, or a plain from_pretrained mixes dtypes; train clip again")

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -17,7 +18,10 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from efface.world.files import whole_file
+from efface.core.whole import whole_file
+
+LOOK = 20
+"""Steps between looks at the figures; on an accelerator each look waits for it."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +46,18 @@ class Recipe:
     """Steps between checkpoints."""
 
 
+def chosen(recipes: Mapping[str, Recipe], device: torch.device, steps: int | None, batch: int | None) -> Recipe:
+    """The recipe of a kind of device ("cpu" or "cuda"; others take the CPU's), with other numbers where they are given."""
+    recipe = recipes.get(device.type, recipes["cpu"])
+    return replace(recipe, steps=steps or recipe.steps, batch=batch or recipe.batch)
+
+
+def on(device: torch.device, generator: torch.Generator) -> torch.Generator:
+    """A generator on `device`, seeded by a draw of the CPU's `generator`, whose state alone a checkpoint has to hold."""
+    seed = int(torch.randint(2**62, (), generator=generator))
+    return torch.Generator(device).manual_seed(seed)
+
+
 class Stage(ABC):
     """What is trained, and on what."""
 
@@ -53,8 +69,8 @@ class Stage(ABC):
     device: torch.device
 
     @abstractmethod
-    def loss(self, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        """Draws one batch and returns its loss, and numbers to show in the progress bar."""
+    def loss(self, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        """Draws one batch and returns its loss, and numbers to show in the progress bar (detached scalars)."""
 
     @abstractmethod
     def finish(self, folder: Path) -> Path:
@@ -146,9 +162,12 @@ def run(stage: Stage, folder: Path, *, seed: int = 0, progress: bool = True, sto
         module.train()
     for step in bar:
         shown = advance(stage, adam, average, generator, step)
-        if step % 20 == 0:
-            bar.set_postfix({key: f"{value:.4g}" for key, value in shown.items()}, refresh=False)
-        if (step + 1) % stage.recipe.save_every == 0 or step + 1 == end:
+        due = (step + 1) % stage.recipe.save_every == 0 or step + 1 == end
+        if due or step % LOOK == 0 or stage.device.type == "cpu":
+            finite(stage, shown["loss"], step)
+        if step % LOOK == 0:
+            bar.set_postfix({key: f"{value.item():.4g}" for key, value in shown.items()}, refresh=False)
+        if due:
             save(path, stage, adam, average, generator, seed, step + 1)
     if end < stage.recipe.steps:
         return None
@@ -158,20 +177,24 @@ def run(stage: Stage, folder: Path, *, seed: int = 0, progress: bool = True, sto
     return stage.finish(folder)
 
 
-def advance(stage: Stage, adam: torch.optim.AdamW, average: Average, generator: torch.Generator, step: int) -> dict[str, float]:
+def finite(stage: Stage, loss: Tensor, step: int) -> None:
+    """Raises FloatingPointError for a loss that is not finite."""
+    if not torch.isfinite(loss):
+        raise FloatingPointError(f"stage {stage.name!r}: the loss is {loss.item()} at step {step}; lower its learning rate")
+
+
+def advance(stage: Stage, adam: torch.optim.AdamW, average: Average, generator: torch.Generator, step: int) -> dict[str, Tensor]:
     """One optimiser step; returns the numbers to show."""
     for group in adam.param_groups:
         group["lr"] = stage.recipe.lr * factor(step, stage.recipe)
     loss, shown = stage.loss(generator)
-    if not torch.isfinite(loss):
-        raise FloatingPointError(f"stage {stage.name!r}: the loss is {loss.item()} at step {step}; lower its learning rate")
     adam.zero_grad(set_to_none=True)
     loss.backward()
     parameters = [p for group in adam.param_groups for p in group["params"]]
     nn.utils.clip_grad_norm_(parameters, stage.recipe.clip)
     adam.step()
     average.update(stage.modules, step)
-    return {"loss": loss.item(), **shown}
+    return {"loss": loss.detach(), **shown}
 
 
 def save(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar
 
@@ -10,17 +11,23 @@ import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from tqdm import tqdm
+from transformers import CLIPTokenizer
 
+from efface.core.whole import whole_file, whole_folder
 from efface.world import captions, scenes
-from efface.world.files import whole_file, whole_folder
 from efface.world.sprites import Sprites
 from efface.world.tokenizer import LENGTH
 from efface.world.train import clip, vae
-from efface.world.train.loop import Recipe, Stage
+from efface.world.train.loop import Recipe, Stage, chosen, on
 
-RECIPE = Recipe(steps=10000, batch=64, lr=8e-4, warmup=200)
-SCENES = 30720
-"""Scenes whose latents are cached; each visit draws another caption, noise and time."""
+RECIPES = {
+    "cpu": Recipe(steps=10000, batch=64, lr=8e-4, warmup=200),
+    "cuda": Recipe(steps=13800, batch=512, lr=1e-3, warmup=500, save_every=2000),
+}
+SCENES = {"cpu": 30720, "cuda": 262144}
+"""Scenes whose latents are cached; each visit draws another noise and time, and one of the scene's captions."""
+CAPTIONS = 2
+"""Captions of each cached scene."""
 DROPOUT = 0.1
 """Share of empty captions, for guidance."""
 GAMMA = 5.0
@@ -41,14 +48,14 @@ def scheduler() -> DDIMScheduler:
     )
 
 
-def architecture(seed: int, channels: tuple[int, int] = (96, 192)) -> UNet2DConditionModel:
+def architecture(seed: int, channels: tuple[int, int] = (96, 192), latent: int = 8) -> UNet2DConditionModel:
     """A fresh denoiser of two levels with cross-attention at both, initialised from `seed` alone."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return UNet2DConditionModel(
             sample_size=8,
-            in_channels=8,
-            out_channels=8,
+            in_channels=latent,
+            out_channels=latent,
             down_block_types=("CrossAttnDownBlock2D",) * 2,
             up_block_types=("CrossAttnUpBlock2D",) * 2,
             block_out_channels=channels,
@@ -61,32 +68,32 @@ def architecture(seed: int, channels: tuple[int, int] = (96, 192)) -> UNet2DCond
 
 
 @torch.no_grad()
-def cache(path: Path, sprites: Sprites, autoencoder: AutoencoderKL, *, seed: int, count: int, progress: bool) -> Path:
-    """Encodes `count` drawn scenes; writes scaled latents (float16) and what stands in each scene."""
+def cache(
+    path: Path, sprites: Sprites, autoencoder: AutoencoderKL, tokens: CLIPTokenizer, *, seed: int, count: int, progress: bool
+) -> Path:
+    """Encodes `count` drawn scenes and their captions; writes scaled latents (float16) and the captions' tokens (int16)."""
     from safetensors.torch import save_file
 
     generator = torch.Generator().manual_seed(seed)
     drawn = scenes.draw(count, generator)
     device = next(autoencoder.parameters()).device
-    parts = []
-    for start in tqdm(range(0, count, 64), desc="latents", unit="batch", disable=not progress):
-        images = scenes.render(sprites, drawn[start : start + 64]).to(device) * 2 - 1
+    latents, ids = [], []
+    for start in tqdm(range(0, count, 256), desc="latents", unit="batch", disable=not progress):
+        part = drawn[start : start + 256]
         with vae.half(device):
-            mean = autoencoder.encode(images).latent_dist.mean
-        parts.append((mean.float() * autoencoder.config.scaling_factor).half().cpu().contiguous())
-    content = {"latents": torch.cat(parts).contiguous(), "objects": drawn.objects, "style": drawn.style}
-    content |= {"background": drawn.background, "place": drawn.place}
+            mean = autoencoder.encode(scenes.render(sprites, part).to(device) * 2 - 1).latent_dist.mean
+        latents.append((mean.float() * autoencoder.config.scaling_factor).half().cpu())
+        ids.append(torch.stack([tokenise(tokens, captions.describe(part, generator).texts) for _ in range(CAPTIONS)], 1))
+    content = {"latents": torch.cat(latents).contiguous(), "ids": torch.cat(ids).short()}
     with whole_file(path) as temporary:
         save_file(content, temporary, {"seed": str(seed)})
     return path
 
 
-def read_cache(path: Path) -> tuple[Tensor, scenes.Scenes]:
-    """Latents (n, 8, 8, 8) float32 and their scenes."""
-    from safetensors.torch import load_file
-
-    content = load_file(path)
-    return content.pop("latents").float(), scenes.Scenes(**content)
+def tokenise(tokens: CLIPTokenizer, texts: Sequence[str]) -> Tensor:
+    """(b, LENGTH) int64 tokens, padded to full length as the pipeline does."""
+    ids: Tensor = tokens(list(texts), padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt").input_ids
+    return ids
 
 
 class Denoiser(Stage):
@@ -101,41 +108,49 @@ class Denoiser(Stage):
         folder: Path,
         seed: int,
         steps: int | None,
+        batch: int | None,
         device: torch.device,
         progress: bool = True,
     ) -> None:
-        self.recipe = replace(RECIPE, steps=steps or RECIPE.steps)
+        from safetensors.torch import load_file
+
+        self.recipe = chosen(RECIPES, device, steps, batch)
         self.device = device
-        self.tokens, self.text = clip.load(folder, device)
+        tokens, self.text = clip.load(folder, device)
         autoencoder = vae.load(folder, device)
-        path = folder / f"latents-{seed}-{SCENES}.safetensors"
+        count = SCENES.get(device.type, SCENES["cpu"])
+        path = folder / f"latents-{seed}-{count}.safetensors"
         if not path.is_file():
-            cache(path, sprites, autoencoder, seed=seed, count=SCENES, progress=progress)
-        self.latents, self.scenes = read_cache(path)
-        self.unet = architecture(seed).to(device)
+            cache(path, sprites, autoencoder, tokens, seed=seed, count=count, progress=progress)
+        content = load_file(path, device=str(device))
+        self.latents, self.ids = content["latents"], content["ids"]
+        self.empty = tokenise(tokens, [""]).short().to(device)
+        self.unet = architecture(seed, latent=autoencoder.config.latent_channels).to(device)
         self.modules: dict[str, nn.Module] = {"unet": self.unet}
         self.alphas = scheduler().alphas_cumprod.to(device)
 
     @torch.no_grad()
-    def encode(self, texts: list[str]) -> Tensor:
-        """(b, LENGTH, width) text states, padded to full length as the pipeline does."""
-        ids = self.tokens(texts, padding="max_length", max_length=LENGTH, truncation=True, return_tensors="pt").input_ids
-        states: Tensor = self.text(ids.to(self.device)).last_hidden_state
+    def encode(self, ids: Tensor) -> Tensor:
+        """(b, LENGTH) tokens to (b, LENGTH, width) text states."""
+        states: Tensor = self.text(ids.long()).last_hidden_state
         return states
 
-    def loss(self, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
-        count = self.recipe.batch
-        rows = torch.randint(len(self.latents), (count,), generator=generator)
-        texts = captions.describe(self.scenes[rows], generator).texts
-        empty = (torch.rand(count, generator=generator) < DROPOUT).tolist()
-        times = torch.randint(len(self.alphas), (count,), generator=generator).to(self.device)
-        noise = torch.randn(count, *self.latents.shape[1:], generator=generator).to(self.device)
+    def loss(self, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
+        count, device, local = self.recipe.batch, self.device, on(self.device, generator)
+        rows = torch.randint(len(self.latents), (count,), generator=local, device=device)
+        told = self.ids[rows, torch.randint(self.ids.shape[1], (count,), generator=local, device=device)]
+        dropped = torch.rand(count, 1, generator=local, device=device) < DROPOUT
+        times = torch.randint(len(self.alphas), (count,), generator=local, device=device)
+        clean = self.latents[rows].float()
+        noise = torch.randn(clean.shape, generator=local, device=device)
         alpha = self.alphas[times][:, None, None, None]
-        noisy = alpha.sqrt() * self.latents[rows].to(self.device) + (1 - alpha).sqrt() * noise
-        states = self.encode(["" if drop else text for text, drop in zip(texts, empty, strict=True)])
-        error = (self.unet(noisy, times, states).sample - noise).square().mean(dim=(1, 2, 3))
+        noisy = alpha.sqrt() * clean + (1 - alpha).sqrt() * noise
+        states = self.encode(torch.where(dropped, self.empty, told))
+        with vae.half(device) if device.type == "cuda" else contextlib.nullcontext():
+            predicted = self.unet(noisy, times, states).sample
+        error = (predicted.float() - noise).square().mean(dim=(1, 2, 3))
         ratio = (alpha / (1 - alpha)).flatten()
-        return (error * ratio.clamp(max=GAMMA) / ratio).mean(), {"mse": error.mean().item()}
+        return (error * ratio.clamp(max=GAMMA) / ratio).mean(), {"mse": error.mean().detach()}
 
     def finish(self, folder: Path) -> Path:
         with whole_folder(folder / "unet") as temporary:

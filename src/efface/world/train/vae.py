@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -11,12 +10,12 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor, nn
 
+from efface.core.whole import whole_folder
 from efface.world import scenes
-from efface.world.files import whole_folder
 from efface.world.sprites import Sprites
-from efface.world.train.loop import Recipe, Stage
+from efface.world.train.loop import Recipe, Stage, chosen, on
 
-RECIPE = Recipe(steps=20000, batch=8, lr=1e-3)
+RECIPES = {"cpu": Recipe(steps=20000, batch=8, lr=1e-3), "cuda": Recipe(steps=3700, batch=128, lr=1e-3, save_every=1000)}
 EDGES = 0.5
 """Weight of the gradient loss."""
 CHROMA = 1.0
@@ -27,7 +26,7 @@ MEASURED = 1024
 """Scenes over which the spread of the latents is measured."""
 
 
-def architecture(seed: int, channels: tuple[int, ...] = (16, 32, 64, 128)) -> AutoencoderKL:
+def architecture(seed: int, channels: tuple[int, ...] = (32, 64, 128, 192), latent: int = 8) -> AutoencoderKL:
     """A fresh autoencoder, initialised from `seed` without touching the global generator's state."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -38,8 +37,8 @@ def architecture(seed: int, channels: tuple[int, ...] = (16, 32, 64, 128)) -> Au
             up_block_types=("UpDecoderBlock2D",) * len(channels),
             block_out_channels=channels,
             layers_per_block=1,
-            latent_channels=8,
-            # with one channel a group, as 16 would give at the top level, absolute colour is normalised away
+            latent_channels=latent,
+            # with few channels a group absolute colour is normalised away
             norm_num_groups=4,
             sample_size=scenes.SIZE,
         )
@@ -59,22 +58,22 @@ class Autoencoder(Stage):
 
     name: ClassVar[str] = "vae"
 
-    def __init__(self, sprites: Sprites, *, seed: int, steps: int | None, device: torch.device) -> None:
-        self.recipe = replace(RECIPE, steps=steps or RECIPE.steps)
+    def __init__(self, sprites: Sprites, *, seed: int, steps: int | None, batch: int | None, device: torch.device) -> None:
+        self.recipe = chosen(RECIPES, device, steps, batch)
         self.device = device
         self.sprites = sprites
         self.vae = architecture(seed).to(device)
         self.modules: dict[str, nn.Module] = {"vae": self.vae}
 
-    def loss(self, generator: torch.Generator) -> tuple[Tensor, dict[str, float]]:
+    def loss(self, generator: torch.Generator) -> tuple[Tensor, dict[str, Tensor]]:
         images = scenes.render(self.sprites, scenes.draw(self.recipe.batch, generator)) * 2 - 1
         with half(self.device):
             posterior = self.vae.encode(images).latent_dist
-            noise = torch.randn(posterior.mean.shape, generator=generator).to(self.device)
+            noise = torch.randn(posterior.mean.shape, generator=on(self.device, generator), device=self.device)
             output = self.vae.decode(posterior.mean.float() + posterior.std.float() * noise).sample
         error = reconstruction(output.float(), images)
         prior = posterior.kl().float().mean()
-        return error + KL * prior, {"l1": (output.detach() - images).abs().mean().item(), "kl": prior.item()}
+        return error + KL * prior, {"l1": (output.detach() - images).abs().mean(), "kl": prior.detach()}
 
     def finish(self, folder: Path) -> Path:
         self.vae.register_to_config(scaling_factor=1 / spread(self.vae, self.sprites))
@@ -105,5 +104,5 @@ def load(folder: Path, device: torch.device) -> AutoencoderKL:
     """
     if not (folder / "vae" / "config.json").is_file():
         raise FileNotFoundError(f"no trained autoencoder in {folder / 'vae'}; train it first: `efface world train vae`")
-    vae: AutoencoderKL = AutoencoderKL.from_pretrained(folder / "vae", local_files_only=True).to(device)
+    vae: AutoencoderKL = AutoencoderKL.from_pretrained(folder / "vae", local_files_only=True, torch_dtype=torch.float32).to(device)
     return vae.eval().requires_grad_(False)

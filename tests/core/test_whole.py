@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from efface.world.files import whole_file, whole_folder
+from efface.core.whole import whole_file, whole_folder
 
 
 def test_a_failure_leaves_the_old_file_and_nothing_else(tmp_path: Path) -> None:
