@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from efface.core.errors import EffaceError
-from efface.world.files import whole_folder
+from efface.core.whole import whole_folder
 
 RECORD = "record.json"
 

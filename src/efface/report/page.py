@@ -20,7 +20,7 @@ from efface.core.edit import Chain, Edit, LowRankEdit, WeightEdit
 from efface.core.errors import EffaceError
 from efface.core.evidence import Role, Score, Shot, Sighting
 from efface.report import figures, tables, wording
-from efface.world.files import whole_file
+from efface.core.whole import whole_file
 
 LARGEST = 320
 """Pixels of a picture in the page, at most."""
