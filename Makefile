@@ -19,7 +19,7 @@ demo: $(READY)
 	@echo "report: $(OUT)/report.html"
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
 
 slow: $(READY)
 	$(BIN)/python -m pytest -m slow

@@ -8,7 +8,21 @@ import sys
 import pytest
 
 HEAVY = ("torch", "diffusers", "transformers", "numpy", "PIL", "safetensors", "accelerate", "scipy", "matplotlib")
-COMMANDS = ([], ["erase"], ["sample"], ["list"], ["show"], ["env"], ["world"], ["world", "train"])
+COMMANDS = (
+    [],
+    ["erase"],
+    ["sample"],
+    ["list"],
+    ["show"],
+    ["env"],
+    ["world"],
+    ["world", "train"],
+    ["measure"],
+    ["sweep"],
+    ["check"],
+    ["export"],
+    ["sae"],
+)
 
 
 def loaded(code: str) -> set[str]:

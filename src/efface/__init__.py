@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from efface.core.task import Swap as Swap
     from efface.core.task import Task as Task
     from efface.models import load as load
+    from efface.models.export import export as export
+    from efface.models.finetune import finetune as finetune
+    from efface.models.imports import import_edit as import_edit
 
 _HOME = {
     "Concept": "efface.core.task",
@@ -43,6 +46,9 @@ _HOME = {
     "Swap": "efface.core.task",
     "Task": "efface.core.task",
     "erase": "efface.api",
+    "export": "efface.models.export",
+    "finetune": "efface.models.finetune",
+    "import_edit": "efface.models.imports",
     "load": "efface.models",
     "method": "efface.core.catalog",
 }

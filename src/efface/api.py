@@ -29,9 +29,10 @@ def erase(
         keep: concepts that must stay, as "dog,tiger" or a list.
         method: a text such as "ap" or "ap(preset='authors')", or a Method.
         seed: of every random draw; the same seed gives the same edit.
-        resources: vocabulary, example images, progress report.
+        resources: vocabulary, example images, progress report, announcement of the cost, and a checkpoint: with
+            `Resources(checkpoint=path)` the same call goes on where a killed one stopped, and gives the same edit to the bit.
 
-    Raises InvalidTask, InvalidMethod, InvalidModel, Unsupported, Diverged.
+    Raises InvalidTask, InvalidMethod, InvalidModel, Unsupported, Diverged, Mismatch (a checkpoint of another fit).
     """
     from efface.concepts import resolve
     from efface.models import load

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import re
+import signal
+import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -99,3 +103,79 @@ def test_a_set_method_beats_the_kinds_preset(efface: Callable, model_folder: Pat
     assert outcome.code == 0, outcome.err
     assert "regulariser=0.25" in outcome.json["method"]
     assert outcome.json["out"] == "runs/no-bomb"
+
+
+# -- cost, kill, resume --------------------------------------------------------------------------------------------------
+
+ESD = "esd(steps=60, batch=1, latent_steps=2, trajectories=1, refresh=30, group='xattn')"
+
+
+def interrupt_when(path: Path) -> threading.Thread:
+    """Ctrl-C as soon as there is a file."""
+
+    def watch() -> None:
+        end = time.monotonic() + 120
+        while not path.exists() and time.monotonic() < end:
+            time.sleep(0.002)
+        signal.raise_signal(signal.SIGINT)
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    return thread
+
+
+def test_the_cost_is_said_before_the_fit(efface: Callable, model_folder: Path) -> None:
+    method = "esd(steps=2, batch=4, latent_steps=2, trajectories=2)"
+    outcome = efface("erase", "cat", "--method", method, "--model", model_folder, "--images", "none", "--json")
+    assert outcome.code == 0, outcome.err
+    cost = outcome.json["cost"]
+    said = rf": 2 steps, {cost['forwards']} forwards, {cost['backwards']} backwards; about [1-9] MB beside the model and .*; about \d+ s\n"
+    assert re.search(said, outcome.err)
+    quiet = efface("erase", "cat", "--method", "uce", "--model", model_folder, "--images", "none", "--out", "uce")
+    assert "steps" not in quiet.err  # a closed form has nothing to announce
+
+
+def test_the_same_command_goes_on_after_a_kill(efface: Callable, model_folder: Path) -> None:
+    def command(out: str, *more: str, seed: int = 1) -> list[object]:
+        return ["erase", "cat", "--method", ESD, "--model", model_folder, "--images", "none", "--out", out, "--seed", seed, *more]
+
+    whole = efface(*command("whole"))
+    assert whole.code == 0, whole.err
+    kept = Path("killed.checkpoint.safetensors")
+    thread = interrupt_when(kept)
+    killed = efface(*command("killed"))
+    thread.join()
+    assert killed.code == 130
+    assert f"the state of the fit is kept in {kept}; the same command goes on there" in killed.err
+    assert {path.name for path in Path().iterdir()} == {"whole", kept.name}
+    other = efface(*command("killed", seed=2))
+    assert other.code == 2
+    assert "its seed was '1' and is now '2'" in other.err
+    resumed = efface(*command("killed"))
+    assert resumed.code == 0, resumed.err
+    assert "going on after step 50" in resumed.err
+    edits = [Edit.load(f"{out}/edit.safetensors") for out in ("whole", "killed")]
+    assert all(isinstance(edit, WeightEdit) for edit in edits)
+    assert all(torch.equal(edits[0].deltas[name], edits[1].deltas[name]) for name in edits[0].deltas)
+    assert not kept.exists()
+
+
+def test_a_fit_can_be_started_anew(efface: Callable, model_folder: Path) -> None:
+    Path("new.checkpoint.safetensors").write_text("of another fit", encoding="utf-8")
+    command = ["erase", "cat", "--method", "esd(steps=1, batch=1)", "--model", model_folder, "--images", "none", "--out", "new"]
+    refused = efface(*command)
+    assert refused.code == 2
+    assert "remove it to start anew" in refused.err
+    assert efface(*command, "--no-resume").code == 0
+    assert {path.name for path in Path().iterdir()} == {"new"}
+
+
+def test_an_edit_outlives_its_measuring(efface: Callable, model_folder: Path) -> None:
+    thread = interrupt_when(Path("no-cat/record.json"))
+    outcome = efface("erase", "cat", "--method", "uce", "--model", model_folder, "--out", "no-cat", "--images", "full")
+    thread.join()
+    assert outcome.code == 130
+    assert "not measured; the edit is saved in no-cat/edit.safetensors" in outcome.err
+    assert {path.name for path in Path().iterdir()} == {"no-cat"}
+    assert isinstance(Edit.load("no-cat/edit.safetensors"), WeightEdit)
+    assert json.loads(Path("no-cat/record.json").read_text(encoding="utf-8"))["result"] is None

@@ -3,6 +3,7 @@
 import errno
 import json
 import os
+from contextlib import nullcontext
 
 import pytest
 import tiny
@@ -13,10 +14,14 @@ from efface.core import file
 from efface.core.card import Card, Fingerprint
 from efface.core.edit import Chain, Edit, FeatureEdit, FeatureMap, LowRankEdit, Part, SamplingEdit, WeightEdit
 from efface.core.errors import EffaceError, InvalidEdit, Mismatch, NoEffect, Overlap, Unsupported
+from efface.core.features import Eraser, LatentAblation, LatentTable, PriorEraser, Residuals, weighted
+from efface.core.gate import PromptGate
+from efface.core.model import Cond
 from efface.core.rules import NegativePrompt
 from efface.core.sampling import seeded
 from efface.core.task import Task
 from efface.models.sd import StableDiffusion
+from efface.ops.sae import SparseAutoencoder
 
 TASK = Task.of("cat", ["dog"])
 
@@ -50,6 +55,34 @@ def feature_edit(model):
     return FeatureEdit({"unet.mid_block.resnets.0": FeatureMap(torch.zeros(32), down, -down)}, card(model))
 
 
+BLOCK = "unet.up_blocks.1.attentions.1"
+
+
+def ablation_edit(model, **how):
+    """Half of the latents of a random autoencoder, differently at two times."""
+    net = SparseAutoencoder.fresh(16, 64, 8, seeded(6))
+    latents = torch.stack([torch.arange(0, 64, 2), torch.arange(1, 64, 2)])
+    table = LatentTable(torch.tensor([901, 1]), latents, torch.full((2, 32), -2.0), torch.zeros(2, 32))
+    return FeatureEdit({BLOCK: LatentAblation(net, table, **how)}, card(model))
+
+
+def eraser(model, label="cat", seed=7, **how):
+    net = PriorEraser(model)
+    with torch.no_grad():
+        for parameter in net.zeros.parameters():
+            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=seeded(seed)))
+    return Eraser(label, {name: weight.detach() for name, weight in net.state_dict().items()}, **how)
+
+
+def residual_edit(model, label="cat", seed=7, **how):
+    return FeatureEdit({"unet": Residuals((eraser(model, label, seed, **how),))}, card(model))
+
+
+def gated_residual_edit(model):
+    table = torch.rand(20, 5, generator=seeded(8))
+    return residual_edit(model, table=table, gate=PromptGate((("cat",),)))
+
+
 def sampling_edit(model):
     return SamplingEdit(NegativePrompt("cat"), card(model))
 
@@ -58,7 +91,8 @@ def chain(model):
     return Chain((weight_edit(model), low_rank_edit(model)), card(model))
 
 
-KINDS = [weight_edit, low_rank_edit, feature_edit, sampling_edit, chain]
+FEATURES = [feature_edit, ablation_edit, residual_edit, gated_residual_edit]
+KINDS = [weight_edit, low_rank_edit, *FEATURES, sampling_edit, chain]
 
 
 def state(model):
@@ -157,7 +191,7 @@ def test_baking_equals_attaching(tiny_model, make):
         edit.bake(tiny_model)
 
 
-@pytest.mark.parametrize("make", [feature_edit, sampling_edit])
+@pytest.mark.parametrize("make", [*FEATURES, sampling_edit])
 def test_hooks_cannot_be_baked(tiny_model, make):
     with pytest.raises(Unsupported, match="removable hook"):
         make(tiny_model).bake(tiny_model)
@@ -271,3 +305,203 @@ def test_the_file_is_plain_safetensors_with_a_json_card(tiny_model, tmp_path):
     stored = json.loads(header)
     assert stored["card"]["task"] == "cat | keep dog"
     assert "change of weights" in stored["threat"]
+
+
+# -- features ------------------------------------------------------------------------------------------------------------
+
+
+def latent(model, rows=2, seed=0):
+    return torch.randn(rows, *model.latent_shape, generator=seeded(seed))
+
+
+@pytest.mark.parametrize("make", FEATURES)
+def test_features_act_in_the_users_own_pipeline(tiny_model, make):
+    def drawn():
+        generator = seeded(3)
+        return tiny_model.pipeline("a cat", num_inference_steps=2, guidance_scale=3.0, generator=generator, output_type="pt").images
+
+    before = drawn()
+    with make(tiny_model).attach(tiny_model):
+        during = drawn()
+        assert torch.equal(during, drawn())  # no counter is left over from the first picture
+        # the pipeline's own loop and ours are the same denoiser: both are changed alike
+        ours = tiny_model.sample(["a cat"], seed=3, steps=2, guidance=3.0)
+    assert not torch.equal(before, during)
+    assert torch.allclose(ours, during.float().cpu(), atol=1e-5)
+    assert torch.equal(drawn(), before)
+
+
+@pytest.mark.parametrize("make", FEATURES)
+def test_features_cut_no_gradient(tiny_model, make):
+    """The derivative along a direction, of the prediction by the text and by the latent, is that of finite differences."""
+    model, edit = tiny_model, make(tiny_model)
+    model.pipeline.unet.double(), model.pipeline.text_encoder.double()
+    size, tolerance = (1e-3, 1e-2) if make is gated_residual_edit else (1e-6, 1e-4)  # the gate computes its cosine in float32
+    with edit.attach(model, match="force"):
+        cond = model.encode(["a cat"])
+        x = latent(model, 1).double()
+        for vary in ("text", "latent"):
+            step = torch.randn((cond.tokens if vary == "text" else x).shape, generator=seeded(9)).double()
+
+            def f(a, vary=vary, step=step):
+                if vary == "text":  # the gate knows only rows of the text encoder: go through its input embeddings
+                    table = model.pipeline.text_encoder.get_input_embeddings()
+                    return model.predict(x, 501, model.encode_tokens(embeds=table(cond.ids) + a * step)).sum()
+                return model.predict(x + a * step, 501, cond).sum()
+
+            a = torch.zeros((), dtype=torch.float64, requires_grad=True)
+            exact = torch.autograd.grad(f(a), a)[0]
+            with torch.no_grad():
+                finite = (f(torch.tensor(size)) - f(torch.tensor(-size))) / (2 * size)
+            assert exact.abs() > 1e-3
+            assert torch.allclose(exact, finite, rtol=tolerance, atol=1e-5)
+
+
+def test_control_a_hidden_no_grad_leaves_no_derivative(tiny_model):
+    """What the test above would see if the hook detached, as the released SAeUron does."""
+    model, edit = tiny_model, ablation_edit(tiny_model)
+    x = latent(model, 1).requires_grad_()
+    cond = model.encode(["a cat"])
+    with edit.attach(model):
+        assert torch.autograd.grad(model.predict(x, 501, cond).sum(), x)[0].any()
+        handle = model.module(BLOCK).register_forward_hook(lambda m, i, o: (o[0].detach(),))
+        with pytest.raises(RuntimeError, match="not require grad|to not have been used"):
+            torch.autograd.grad(model.predict(x, 501, cond).sum(), x)
+        handle.remove()
+
+
+@pytest.mark.parametrize("make", FEATURES)
+def test_the_meter_counts_the_same_with_features_and_no_parameter_asks_for_a_gradient(tiny_model, make):
+    spent, flags = {}, {n: p.requires_grad for n, p in tiny_model.denoiser.named_parameters()}
+    for attached in (False, True):
+        with make(tiny_model).attach(tiny_model, check=False) if attached else nullcontext():
+            tiny_model.meter.reset()
+            images(tiny_model)
+            spent[attached] = (tiny_model.meter.forwards, tiny_model.meter.calls)
+            assert flags == {n: p.requires_grad for n, p in tiny_model.denoiser.named_parameters()}
+    assert spent[True] == spent[False] == (4, 2)
+
+
+@pytest.mark.parametrize("make", FEATURES)
+def test_features_work_in_half_precision(make):
+    half = StableDiffusion(tiny.pipeline().to(torch.bfloat16))
+    with make(half).attach(half):
+        assert half.predict(latent(half).bfloat16(), 500, half.encode(["a cat"])).isfinite().all()
+
+
+def test_the_table_of_latents_is_read_at_the_nearest_training_time_row_by_row(tiny_model):
+    model, edit = tiny_model, ablation_edit(tiny_model)
+    x, cond = latent(model, 1), model.encode(["a cat"])
+    with edit.attach(model), torch.no_grad():
+        early, late, near = (model.predict(x, t, cond) for t in (901, 1, 890))
+        both = model.predict(torch.cat([x, x]), torch.tensor([901, 1]), cond)
+    with torch.no_grad():
+        plain = model.predict(x, 890, cond)
+    assert torch.allclose(both, torch.cat([early, late]), atol=1e-5)
+    table = edit.maps[BLOCK].table
+    assert torch.equal(table.at(torch.tensor([890, 3]))[0], table.latents)
+    assert not torch.allclose(near, plain, atol=1e-3)
+
+
+def test_the_conditional_half_alone_can_be_changed(tiny_model):
+    model, null = tiny_model, tiny_model.encode([""])
+    x, cond = latent(model), Cond.cat([null, model.encode(["a cat"])])
+    with torch.no_grad():
+        plain = model.predict(x, 501, cond)
+        with ablation_edit(model, halves="conditional").attach(model):
+            half = model.predict(x, 501, cond)
+        with ablation_edit(model).attach(model):
+            whole = model.predict(x, 501, cond)
+    assert torch.allclose(half[0], plain[0], atol=1e-6)
+    assert torch.allclose(half[1], whole[1], atol=1e-5)
+    assert not torch.allclose(whole[0], plain[0], atol=1e-3)
+
+
+def test_an_autoencoder_of_another_width_is_refused(tiny_model):
+    net = SparseAutoencoder.fresh(8, 16, 2, seeded(0))
+    table = LatentTable(torch.tensor([1]), torch.zeros(1, 1, dtype=torch.long), torch.zeros(1, 1), torch.zeros(1, 1))
+    edit = FeatureEdit({BLOCK: LatentAblation(net, table)}, card(tiny_model))
+    with edit.attach(tiny_model, check=False), pytest.raises(Unsupported, match="width 16, and the autoencoder's is 8"):
+        images(tiny_model)
+    with pytest.raises(InvalidEdit, match="error was 'lost'; expected kept or repo"):
+        LatentAblation(net, table, error="lost")
+
+
+def test_residuals_of_two_edits_and_of_a_controlnet_are_summed(tiny_model):
+    model, cond, x = tiny_model, tiny_model.encode(["a cat"]), latent(tiny_model)
+    tokens, t = cond.expand(2).tokens, torch.tensor([501, 501])
+    first, second = (eraser(model, label, seed) for label, seed in (("cat", 7), ("dog", 8)))
+    with torch.no_grad():
+        parts = [e.module(model)(x, t, tokens) for e in (first, second)]
+        control = [torch.full_like(r, 0.3) for r in parts[0]]
+
+        def predicted(residuals):
+            given = {"down_block_additional_residuals": list(residuals[:-1]), "mid_block_additional_residual": residuals[-1]}
+            return model.pipeline.unet(x, t, tokens, **given).sample
+
+        expected = predicted([a + b + c for a, b, c in zip(*parts, control, strict=True)])
+        alone = predicted(control)
+        with residual_edit(model, "cat", 7).attach(model), residual_edit(model, "dog", 8).attach(model):
+            assert torch.allclose(predicted(control), expected, atol=1e-5)
+        assert not torch.allclose(alone, expected, atol=1e-2)
+        with residual_edit(model, "cat", 7).attach(model):
+            with pytest.raises(Unsupported, match="only one of"):
+                model.pipeline.unet(x, t, tokens, mid_block_additional_residual=control[-1])
+            with pytest.raises(Overlap), residual_edit(model, "cat", 9).attach(model):
+                pass
+
+
+def test_a_table_of_ones_is_no_table_and_a_row_of_zeros_turns_its_times_off():
+    t = torch.tensor([0, 49, 50, 999, 1000])
+    residuals = [torch.randn(5, 3, 2, 2, generator=seeded(i)) for i in range(4)]
+    ones, off = torch.ones(20, 4), torch.ones(20, 4)
+    off[0] = 0
+    off[19, 3] = 0.5
+    assert all(torch.equal(a, b) for a, b in zip(weighted(residuals, t, ones, None, 1000), residuals, strict=True))
+    found = weighted(residuals, t, off, None, 1000)
+    for j, (a, b) in enumerate(zip(found, residuals, strict=True)):
+        assert not a[:2].any()
+        assert torch.equal(a[2], b[2])
+        assert torch.equal(a[3:], (0.5 if j == 3 else 1.0) * b[3:])
+
+
+def test_the_gate_opens_for_the_word_in_both_halves_of_guidance_and_less_for_other_prompts(tiny_model):
+    """m of a prompt multiplies the residuals of its unconditional row, too."""
+    model, x = tiny_model, latent(tiny_model, 2)
+    edits = {gated: residual_edit(model, gate=PromptGate((("cat",),)) if gated else None) for gated in (True, False)}
+
+    def predicted(text, gated):
+        with edits[gated].attach(model, check=False), torch.no_grad():
+            null, cond = model.encode([""]), model.encode([text])
+            return model.predict(x, 501, Cond.cat([null, cond]))
+
+    assert torch.allclose(predicted("a cat beside a car", True), predicted("a cat beside a car", False), atol=1e-5)
+    dog = predicted("dog", True), predicted("dog", False)
+    assert not torch.allclose(dog[0][0], dog[1][0], atol=1e-4)
+    assert not torch.allclose(dog[0][1], dog[1][1], atol=1e-4)
+
+
+def test_an_eraser_of_another_shape_is_refused(tiny_model):
+    weights = dict(list(eraser(tiny_model).weights.items())[:-1])
+    edit = FeatureEdit({"unet": Residuals((Eraser("cat", weights),))}, card(tiny_model))
+    was = state(tiny_model)
+    with pytest.raises(Unsupported, match="made for a denoiser of another shape"), edit.attach(tiny_model, check=False):
+        pass
+    assert same(state(tiny_model), was)
+
+
+def test_the_copied_encoder_gives_the_unets_own_skips_and_none_of_its_hooks(tiny_model):
+    model, x = tiny_model, latent(tiny_model)
+    cond = model.encode(["a cat"]).expand(2)
+    seen = []
+    block = model.pipeline.unet.mid_block
+    handle = block.register_forward_hook(lambda m, i, o: seen.append(o))
+    copied, channels = model.encoder_copy()
+    with torch.no_grad():
+        outputs = copied(x, torch.tensor([7, 900]), cond.tokens)
+        assert not seen
+        model.predict(x, torch.tensor([7, 900]), cond)
+    handle.remove()
+    assert torch.equal(outputs[-1], seen[0])
+    assert [o.shape[1] for o in outputs] == channels
+    assert {id(p) for p in copied.parameters()}.isdisjoint({id(p) for p in model.denoiser.parameters()})

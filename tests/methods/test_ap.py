@@ -12,7 +12,8 @@ from efface.core.errors import Diverged, InvalidMethod, InvalidTask, Unsupported
 from efface.core.method import Resources
 from efface.core.sampling import seeded
 from efface.core.task import Task
-from efface.methods.ap import AP, Game, distance, erase_goal
+from efface.methods.ap import AP, Game
+from efface.ops.guidance import erase_goal
 from efface.ops.gumbel import gumbel_softmax
 
 TASK = Task.of("cat", ["dog"])
@@ -30,7 +31,7 @@ def begun(model, task=TASK, resources=WORDS, disturbed=False, **fields):
     """A game whose rows are all the latents of its pools, so that a step's means run over known rows; `disturbed`: θ' ≠ θ."""
     for network in model.components.values():
         network.requires_grad_(False)
-    game = Game(AP(**{**SMALL, **fields}), model, task, resources, seed=0)
+    game = Game(AP(**{**SMALL, **fields}), model, task, resources, seeded(0))
     game.pools = game.walked(erasing=True)
     if disturbed:
         g = seeded(9)
@@ -69,8 +70,8 @@ def test_losses_in_one_space_are_weighted_losses_in_the_other(model, eta):
     goal = erase_goal(neutral, target, eta)
     for space, f in {"x0": s.to_x0, "eps": s.to_noise}.items():
         direct = mse(f(x, t, student), erase_goal(f(x, t, neutral), f(x, t, target), eta))
-        assert torch.allclose(distance(s, space, t, student, goal), direct, rtol=1e-3)
-    assert not torch.allclose(distance(s, "x0", t, student, goal), distance(s, "eps", t, student, goal), rtol=0.1)
+        assert torch.allclose(s.distance(space, t, student, goal), direct, rtol=1e-3)
+    assert not torch.allclose(s.distance("x0", t, student, goal), s.distance("eps", t, student, goal), rtol=0.1)
 
 
 @MODELS
@@ -175,7 +176,7 @@ def test_hard_words_are_rows_of_the_vocabulary_and_soft_ones_mixtures(tiny_model
         game = begun(tiny_model, hard=hard)
         target, noise = torch.zeros(6, dtype=torch.long), game.adversary.noise(6, game.generator)
         tokens = game.embed(game.adversary.draw(target, noise)).tokens
-        rows = [bool((game.table.tokens == t).flatten(1).all(1).any()) for t in tokens.detach()]
+        rows = [bool((game.table.cond.tokens == t).flatten(1).all(1).any()) for t in tokens.detach()]
         assert all(rows) if hard else not any(rows)
 
 

@@ -4,7 +4,19 @@ import pytest
 import torch
 
 from efface.core.sampling import seeded
-from efface.ops.latents import aligned_route, aligned_times, authors_route, authors_times, replay_route, walk
+from efface.ops.latents import (
+    KINDS,
+    Latents,
+    Pools,
+    aligned_route,
+    aligned_times,
+    authors_route,
+    authors_times,
+    calls,
+    replay_route,
+    route,
+    walk,
+)
 
 GRID = list(range(981, 0, -20))
 
@@ -42,6 +54,39 @@ def test_the_aligned_route_is_told_where_it_is():
         route = aligned_route(GRID, 2, g)
         assert torch.equal(route.told[0], route.times[-1])
         assert torch.equal(route.level, route.told)
+
+
+def test_a_jittered_route_is_told_a_time_of_its_interval():
+    g, seen = seeded(0), set()
+    for _ in range(300):
+        jittered = aligned_route(GRID, 2, g, jitter=20)
+        k, told = (int(jittered.level[0, 0]) - 1) // 20, int(jittered.told[0, 0])
+        assert jittered.times[-1].tolist() == [20 * k + 1] * 2
+        assert 20 * k <= told < 20 * k + 20
+        seen.add(told - 20 * k)
+    assert seen == set(range(20))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_calls_of_a_route_are_foretold(kind):
+    g, mean_least_most = seeded(0), calls(kind, 50)
+    walked = [len(route(kind, GRID, 1000, 1, g).times) - 1 for _ in range(500)]
+    assert (min(walked), max(walked)) == mean_least_most[1:]
+    assert sum(walked) / 500 == pytest.approx(mean_least_most[0], rel=0.05)
+
+
+def test_an_unknown_kind_of_route_is_refused():
+    with pytest.raises(ValueError, match="the kind of latents was 'fresh'; expected one of replay, authors, aligned, jittered"):
+        route("fresh", GRID, 1000, 1, seeded(0))
+
+
+def test_pools_come_back_from_their_state():
+    x, t = torch.randn(3, 4, 8, 8, generator=seeded(0)), torch.tensor([1, 2, 3])
+    pools, other = Pools([Latents(x, t, t, t, x[:, :0, 0, 0])]), Pools()
+    other.load_state_dict(pools.state_dict())
+    assert torch.equal(other[0].x, x)
+    assert other[0].noise.shape == (3, 0)
+    assert len(other) == 1
 
 
 def test_replay_reaches_every_time_at_even_steps():

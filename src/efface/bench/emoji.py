@@ -29,9 +29,10 @@ class Size:
 
 
 SIZES = {
-    "quick": Size(target=60, neighbour=60, unrelated=78, concepts=26, pair=24),
-    "full": Size(target=120, neighbour=120, unrelated=240, concepts=60, pair=60),
+    "quick": Size(target=60, neighbour=60, unrelated=60, concepts=30, pair=24),
+    "full": Size(target=120, neighbour=120, unrelated=240, concepts=30, pair=60),
 }
+"""In both 30 unrelated concepts, so that they differ in how surely each is known and in nothing else."""
 
 
 @dataclass(frozen=True)

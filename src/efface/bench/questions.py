@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 from efface.core.evidence import Metric, Role
 from efface.evals.metrics.blank import Blank
+from efface.evals.metrics.clip_score import ClipScore
 from efface.evals.metrics.esr import ESR
+from efface.evals.metrics.frechet import Frechet
 from efface.evals.metrics.psr import PSR
 
 OTHERS: tuple[Role, ...] = ("neighbour", "kept", "unrelated")
@@ -31,6 +33,8 @@ class Question:
     roles: tuple[Role, ...]
     """It is asked where one of these occurs."""
     headline: bool = False
+    optional: bool = False
+    """Whether it may have no answer, as a share of what was drawn has none where nothing was drawn."""
 
 
 QUESTIONS = (
@@ -49,6 +53,15 @@ QUESTIONS = (
         "The same, but stricter: the erased concept is not among the judge's five best guesses either.",
         ESR(5),
         ("target",),
+    ),
+    Question(
+        "target.relative-ESR-1",
+        "Target no longer seen, where it was drawn (relative ESR-1)",
+        "ESR-1 over those prompts alone for which the un-erased model drew the concept from the same noise. What it never drew does not "
+        "count as an erasure.",
+        ESR(1, relative=True),
+        ("target",),
+        optional=True,
     ),
     Question(
         "others.PSR-1",
@@ -91,6 +104,20 @@ QUESTIONS = (
         OTHERS,
     ),
     Question(
+        "neighbour.PSR-5",
+        "… of these, neighbours (PSR-5)",
+        "PSR-5 on the concepts most like the erased one.",
+        PSR(5, roles=("neighbour",), clusters="prompt"),
+        ("neighbour",),
+    ),
+    Question(
+        "unrelated.PSR-5",
+        "… of these, unrelated (PSR-5)",
+        "PSR-5 on concepts that have nothing to do with the erased one.",
+        PSR(5, roles=("unrelated",)),
+        ("unrelated",),
+    ),
+    Question(
         "pair.ESR-2",
         "In pairs: target gone",
         "Of the pictures that ask for the erased concept beside another (“a cat beside a dog”), the share in which the erased one "
@@ -123,3 +150,29 @@ QUESTIONS = (
         OTHERS,
     ),
 )
+
+QUALITY = (
+    Question(
+        "unrelated.frechet",
+        "Fréchet distance to the un-erased model (×100), unrelated prompts",
+        "How far the pictures of unrelated concepts moved as a whole, in the embedder's features: 0 is not at all. It is no FID, and "
+        "compares only with values of as many pictures.",
+        Frechet(("unrelated",)),
+        ("unrelated",),
+    ),
+    Question(
+        "unrelated.clip",
+        "CLIP score, unrelated prompts",
+        "100 times the cosine of picture and prompt in the embedder's space, for unrelated concepts. It should stay what it was before.",
+        ClipScore(("unrelated",)),
+        ("unrelated",),
+    ),
+    Question(
+        "target.clip",
+        "CLIP score, target prompts",
+        "The same for prompts that ask for the erased concept. It falls where the picture leaves the prompt.",
+        ClipScore(("target",)),
+        ("target",),
+    ),
+)
+"""Asked where an embedder looked."""

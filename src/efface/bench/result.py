@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from torch import Tensor
 
+from efface.bench import raw
 from efface.core.errors import EffaceError
-from efface.core.evidence import Contrast, Role, Samples, Score, Shot, Sighting
+from efface.core.evidence import Contrast, Role, Samples, Score
 
-VERSION = 1
+VERSION = 2
 """Of the JSON form; a reader refuses another."""
 
 
@@ -74,6 +75,8 @@ class Settings:
     guidance: float
     detector: Mapping[str, Any] | None
     """name, version and thresholds by kind; None where nothing was judged."""
+    embedder: Mapping[str, Any] | None = None
+    """name and version; None where no embedder looked."""
     versions: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -109,26 +112,29 @@ class Result:
     """Of the measurement itself: seconds, forwards, calls."""
     pictures: Pictures | None = None
     """Not part of the JSON form."""
+    quality: tuple[Line, ...] = ()
+    """What an embedder measured, in units of its own: distances and CLIP scores."""
 
     def line(self, key: str) -> Line | None:
         """The line of a key, or None where it was not measured."""
-        return next((line for line in self.lines if line.key == key), None)
+        return next((line for line in (*self.lines, *self.quality) if line.key == key), None)
 
     def json(self) -> dict[str, Any]:
-        """JSON values from which `from_json` makes the result again, without its pictures."""
+        """JSON values from which `from_json` makes the result again, without its pictures and features.
+
+        The raw detections of every picture stand there once; the values of single items, which follow from them, do not."""
         return {
             "format": "efface-result",
             "version": VERSION,
             **{name: getattr(self, name) for name in ("model", "method", "task")},
             "settings": asdict(self.settings),
-            "lines": [asdict(line) for line in self.lines],
-            "concepts": [asdict(line) for line in self.concepts],
-            "changes": [asdict(change) for change in self.changes],
+            "lines": [_lean(line) for line in self.lines],
+            "quality": [_lean(line) for line in self.quality],
+            "concepts": [_lean(line) for line in self.concepts],
+            "changes": [_lean(change) for change in self.changes],
             "unmeasured": list(self.unmeasured),
             "cost": dict(self.cost),
-            "shots": [asdict(shot) for shot in self.before.shots],
-            "before": [_packed(sighting) for sighting in self.before.sightings],
-            "after": [_packed(sighting) for sighting in self.after.sightings],
+            **raw.pack(self.before, self.after),
         }
 
     @classmethod
@@ -144,7 +150,7 @@ class Result:
 
 
 def _unpacked(data: Mapping[str, Any]) -> Result:
-    shots = tuple(Shot(**{**shot, "labels": tuple(shot["labels"])}) for shot in data["shots"])
+    before, after = raw.unpack(data)
     return Result(
         model=data["model"],
         method=data["method"],
@@ -154,22 +160,20 @@ def _unpacked(data: Mapping[str, Any]) -> Result:
         concepts=tuple(ConceptLine(**{**line, "contrast": _contrast(line["contrast"])}) for line in data["concepts"]),
         changes=tuple(Change(**{**change, "distance": _score(change["distance"])}) for change in data["changes"]),
         unmeasured=tuple(data["unmeasured"]),
-        before=Samples(shots, _sightings(data["before"])),
-        after=Samples(shots, _sightings(data["after"])),
+        before=before,
+        after=after,
         cost=data["cost"],
+        quality=tuple(Line(**{**line, "contrast": _contrast(line["contrast"])}) for line in data["quality"]),
     )
 
 
-def _packed(sighting: Sighting) -> dict[str, Any]:
-    return {**asdict(sighting), "scores": [round(score, 5) for score in sighting.scores]}
-
-
-def _sightings(rows: Sequence[Mapping[str, Any]]) -> tuple[Sighting, ...]:
-    return tuple(Sighting(tuple(row["labels"]), tuple(row["scores"]), row["threshold"]) for row in rows)
+def _lean(line: Line | ConceptLine | Change) -> dict[str, Any]:
+    """Without the values of single items, at any depth."""
+    return asdict(line, dict_factory=lambda pairs: {name: value for name, value in pairs if name != "items"})
 
 
 def _score(data: Mapping[str, Any]) -> Score:
-    return Score(**{**data, "items": tuple(data["items"])})
+    return Score(**data)
 
 
 def _contrast(data: Mapping[str, Any]) -> Contrast:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -20,7 +21,7 @@ if TYPE_CHECKING:
     from efface.bench.result import Result
     from efface.core.edit import Edit
     from efface.core.evidence import Detector
-    from efface.core.method import Report, Resources
+    from efface.core.method import Forecast, Report, Resources
     from efface.core.model import Model
     from efface.core.task import Task
 
@@ -45,8 +46,14 @@ def erase(
         str, typer.Option(help="Candidate words, for the methods that search: tokenizer, bundled, or a .txt or .csv file.")
     ] = "tokenizer",
     exclude: Annotated[str, typer.Option(help="Words that must not become candidates: separated by commas, or a .txt or .csv file.")] = "",
+    asset: Annotated[
+        list[str] | None, typer.Option(help="NAME=FILE of a trained part that the method needs, such as sae=runs/sae.safetensors.")
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Go on where a killed run of the same command stopped, or start anew.")
+    ] = True,
     force: Force = False,
     json: Json = False,
 ) -> None:
@@ -60,18 +67,27 @@ def erase(
     built = catalog.method(method_text(method, preset, settings or []), kind=task.targets[0].kind)
     out = out or Path("runs") / f"no-{'-'.join(task.targets[0].name.split())}"
     check_free(out, force)
-    words, excluded = candidates(vocabulary), listed(exclude)
+    words, excluded, assets = candidates(vocabulary), listed(exclude), trained(asset or [])
     if task.keep and built.needs.keep == "measured only":
         note(f"{built.name()} does nothing with --keep: these concepts are only measured")
     opened = open_model(model, device, dtype)
     plan, detector = planned(opened, task, images)
-    with fitting(words, excluded, str(built)) as resources:
-        edit = fit(opened, task, method=built, seed=seed, resources=resources)
-    result = measured(opened, edit, task, plan, detector) if plan else None
-    with result_folder(out, force) as folder:
-        files = write(folder, edit, result, command())
-        data = record(edit, opened, files, resources, vocabulary, result)
-        write_json(folder / RECORD, data)
+    checkpoint = checkpoint_of(out, resume)
+    with fitting(opened, words, excluded, str(built), checkpoint) as resources:
+        edit = fit(opened, task, method=built, seed=seed, resources=replace(resources, assets=assets))
+
+    def save(result: Result | None, force: bool) -> tuple[list[str], dict[str, Any]]:
+        with result_folder(out, force) as folder:
+            files = write(folder, edit, result, command())
+            data = record(edit, opened, files, resources, vocabulary, result)
+            write_json(folder / RECORD, data)
+        return files, data
+
+    result, (files, data) = None, save(None, force)  # before anything is measured: what was fitted shall not be lost with it
+    if plan:
+        with kept(out):
+            result = measured(opened, edit, task, plan, detector)
+            files, data = save(result, True)
     emit({"out": str(out), **data}, summary(edit, result, out, files), json)
 
 
@@ -119,13 +135,69 @@ def listed(text: str) -> Sequence[str]:
     return words(text) if text.endswith(WORD_LISTS) else [word.strip() for word in text.split(",") if word.strip()]
 
 
+def checkpoint_of(out: Path, resume: bool) -> Path:
+    """The file beside OUT in which a fit keeps its state; without `resume` an older one is removed."""
+    path = out.with_name(f"{out.name}.checkpoint.safetensors")
+    if not resume:
+        path.unlink(missing_ok=True)
+    return path
+
+
+def trained(given: Sequence[str]) -> dict[str, Any]:
+    """The trained parts of `--asset NAME=FILE`. Raises EffaceError for a name that no method knows, InvalidEdit for a file that is none."""
+    from efface.core.autoencoder import ASSET, Autoencoder
+
+    found = {}
+    for text in given:
+        name, equals, path = text.partition("=")
+        if not equals or name.strip() != ASSET:
+            raise EffaceError(f"--asset was {text!r}; write {ASSET}=FILE, with a file that `efface sae train` wrote")
+        found[ASSET] = Autoencoder.load(path.strip())
+    return found
+
+
 @contextmanager
-def fitting(words: Sequence[str], excluded: Sequence[str], description: str) -> Iterator[Resources]:
-    """What a fit is given, with a progress bar while it runs."""
+def fitting(model: Model, words: Sequence[str], excluded: Sequence[str], description: str, checkpoint: Path) -> Iterator[Resources]:
+    """What a fit is given, with its cost announced and a progress bar while it runs. Interrupted, it says how to go on."""
     from efface.core.method import Resources
 
+    def announce(forecast: Forecast) -> None:
+        progress.clear()
+        note(f"{description}: {foretold(model, forecast)}")
+
     with bar("step", None, description) as progress:
-        yield Resources(vocabulary=words, exclude=excluded, report=shown(progress))
+        try:
+            yield Resources(vocabulary=words, exclude=excluded, report=shown(progress), announce=announce, checkpoint=checkpoint)
+        except (KeyboardInterrupt, SystemExit):
+            if checkpoint.exists():
+                note(f"the state of the fit is kept in {checkpoint}; the same command goes on there")
+            raise
+
+
+def foretold(model: Model, forecast: Forecast) -> str:
+    """What a fit will cost, in words; the seconds from a forward that is measured here, a backward counted as two."""
+    from efface.core.fitting import seconds_per_forward
+
+    left = 1 - forecast.done / forecast.steps if forecast.steps else 1
+    evaluations = (forecast.forwards + 2 * forecast.backwards) * left
+    parts = [f"{forecast.steps:,.0f} steps, {forecast.forwards:,.0f} forwards, {forecast.backwards:,.0f} backwards"]
+    if forecast.memory:
+        parts.append(f"about {forecast.memory / 1e6:,.0f} MB beside the model and its activations")
+    if evaluations:
+        parts.append(f"about {evaluations * seconds_per_forward(model):,.0f} s")
+    if forecast.done:
+        parts.append(f"going on after step {forecast.done:,}")
+    return "; ".join(parts)
+
+
+@contextmanager
+def kept(out: Path) -> Iterator[None]:
+    """Where measuring fails, says that the edit is saved."""
+    try:
+        yield
+    except BaseException:
+        note(f"not measured; the edit is saved in {out / EDIT}")
+        raise
 
 
 def shown(progress: Any) -> Report:

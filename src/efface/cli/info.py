@@ -13,7 +13,16 @@ from efface.cli.options import Json
 from efface.cli.output import columns, emit
 
 if TYPE_CHECKING:
+    from efface.core.edit import Edit
     from efface.core.method import Method
+
+
+KEEP = {
+    "preserved": "kept concepts enter the objective, and the method preserves them",
+    "candidates": "kept concepts are added to the words that the method searches",
+    "measured only": "nothing is done with kept concepts while fitting; they are only measured",
+}
+"""What `--keep` does, by the word in `Needs`."""
 
 
 def list_methods(json: Json = False) -> None:
@@ -21,37 +30,67 @@ def list_methods(json: Json = False) -> None:
     from efface.core import catalog
 
     rows = [_row(name, catalog.find(name)) for name in catalog.names()]
-    emit(rows, columns(rows, ("method", "paper", "venue", "keep", "edit"), header=True), json)
+    emit(rows, columns(rows, ("method", "edit", "what it is", "trains", "keep", "venue", "paper"), header=True), json)
 
 
 def _row(name: str, cls: type[Method]) -> dict[str, str]:
-    kind = getattr(_edit(cls), "kind", "any")
-    return {"method": name, "paper": cls.paper.title, "venue": cls.paper.venue, "keep": cls.needs.keep, "edit": kind}
+    return {
+        "method": name,
+        "paper": cls.paper.title,
+        "venue": cls.paper.venue,
+        "keep": cls.needs.keep,
+        "edit": " or ".join(kind.kind for kind in _edits(cls)) or "any",
+        "what it is": " or ".join(kind.threat.partition(":")[0] for kind in _edits(cls)) or "see its card",
+        "trains": _trained(cls()),
+        "threat": _threat(cls),
+    }
 
 
-def _edit(cls: type[Method]) -> Any:
-    """The kind of edit that `fit` is declared to return."""
-    from typing import get_type_hints
+def _edits(cls: type[Method]) -> list[type[Edit]]:
+    """The kinds of edit that `fit` is declared to return; none where it may be any."""
+    from typing import get_args, get_type_hints
 
-    return get_type_hints(cls.fit)["return"]
+    from efface.core.edit import Edit
+
+    declared = get_type_hints(cls.fit)["return"]
+    return [kind for kind in get_args(declared) or (declared,) if inspect.isclass(kind) and issubclass(kind, Edit) and kind is not Edit]
+
+
+def _threat(cls: type[Method]) -> str:
+    kinds = _edits(cls)
+    return "; or ".join(kind.threat for kind in kinds) or "depends on the edit that it returns; see its card"
+
+
+def _trained(method: Method) -> str:
+    """The parameter group that is changed: the field `group` where there is one."""
+    group = getattr(method, "group", None)
+    return group if isinstance(group, str) else ", ".join(method.needs.groups) or "nothing"
 
 
 def show(
     method: Annotated[str, typer.Argument(help="A method's text, such as ap or \"ap(preset='authors')\".")],
+    cost: Annotated[bool, typer.Option("--cost", help="Also compute what a fit for one concept costs.")] = False,
     json: Json = False,
 ) -> None:
-    """Show a method's card: idea, formula, fields, presets, needs and threat model."""
+    """Show a method's card: idea, formula, fields, presets, needs, families, cost and threat model."""
     from efface.core import catalog
 
     built = catalog.method(method)
-    card = _card(built)
+    card = _card(built, _figures(built) if cost else None)
     emit(card, _page(card), json)
 
 
-def _card(built: Method) -> dict[str, Any]:
+def _card(built: Method, figures: dict[str, Any] | None) -> dict[str, Any]:
+    from efface.core import catalog
+    from efface.models.families import FAMILIES
+
     cls = type(built)
     docs = {name: " ".join(text.split()) for name, text in cls.field_docs().items()}
-    fields = [{"field": f.name, "value": getattr(built, f.name), "meaning": docs.get(f.name, "")} for f in dataclasses.fields(built)]  # type: ignore[arg-type]
+    fields = [
+        {"field": f.name, "value": getattr(built, f.name), "default": f.default, "meaning": docs.get(f.name, "")}
+        for f in dataclasses.fields(built)  # type: ignore[arg-type]
+    ]
+    lacking = catalog.missing(cls, FAMILIES)
     return {
         "method": cls.name(),
         "text": str(built),
@@ -59,26 +98,68 @@ def _card(built: Method) -> dict[str, Any]:
         "fields": fields,
         "presets": {name: dict(values) for name, values in cls.presets.items()},
         "needs": dataclasses.asdict(cls.needs),
+        "keep": KEEP[cls.needs.keep],
+        "trains": _trained(built),
+        "families": [family for family, groups in lacking.items() if not groups],
+        "unsupported": {family: groups for family, groups in lacking.items() if groups},
+        "edit": [kind.kind for kind in _edits(cls)],
+        "threat": _threat(cls),
+        "cost": {"formula": _cost(cls), "figures": figures},
         "paper": dataclasses.asdict(cls.paper),
-        "threat": getattr(_edit(cls), "threat", "depends on the edit that it returns; see its card"),
     }
 
 
+def _cost(cls: type[Method]) -> str:
+    """What the method says of its cost."""
+    from efface.core.method import Method
+
+    if cls.cost is Method.cost:
+        return "A fit never calls the denoiser."
+    return " ".join((cls.cost.__doc__ or "See the card.").split())
+
+
+def _figures(built: Method) -> dict[str, Any]:
+    """What a fit for one concept costs, in samples through the denoiser; [least, mean, most] where it hangs on what is drawn."""
+    from efface.core.method import Expectation
+    from efface.core.task import Task
+    from efface.models import tiny
+
+    figures = built.cost(tiny.model(), Task.parse("cat"))
+    ranged = {name: isinstance(v, Expectation) and v.low < v.high for name, v in figures.items()}
+    return {name: [v.low, float(v), v.high] if ranged[name] else float(v) for name, v in figures.items()}  # type: ignore[attr-defined]
+
+
 def _page(card: dict[str, Any]) -> str:
-    needs, paper = card["needs"], card["paper"]
-    fields = [{**row, "value": repr(row["value"])} for row in card["fields"]]
+    needs, paper, cost = card["needs"], card["paper"], card["cost"]
     presets = [{"preset": name, "sets": _assignments(values)} for name, values in card["presets"].items()]
-    wants = [f"{key}: {_words(value)}" for key, value in needs.items() if value not in ((), False)]
+    wants = {"parameter groups": needs["groups"], "assets": needs["assets"]} | {
+        words: needs[key] for key, words in {"gradients": "gradients of the denoiser", "images": "example images of the target"}.items()
+    }
+    needed = [f"{words}: {_words(value)}" for words, value in wants.items() if value]
+    lacking = [f"not {family}, which has no {_words(groups)}" for family, groups in card["unsupported"].items()]
     source = [paper["title"], f"{paper['authors']}, {paper['venue']}", f"arXiv {paper['arxiv']}" if paper["arxiv"] else "", paper["code"]]
-    parts = [
-        card["card"],
-        "Fields\n" + columns(fields, ("field", "value", "meaning")),
-        "Presets\n" + (columns(presets, ("preset", "sets")) if presets else "  none"),
-        "Needs\n" + "\n".join(f"  {line}" for line in wants),
-        f"Threat model\n  {card['threat']}",
-        "Paper\n" + "\n".join(f"  {line}" for line in source if line),
-    ]
-    return "\n\n".join(parts)
+    parts = {
+        "": [card["card"]],
+        "Fields": [columns([{**row, "value": _value(row)} for row in card["fields"]], ("field", "value", "meaning")) or "  none"],
+        "Presets": [columns(presets, ("preset", "sets")) or "  none"],
+        "Needs": [f"  {line}" for line in [*needed, "one concept at a time" if not needs["many"] else ""] if line] or ["  nothing"],
+        "Families": [f"  {line}" for line in [_words(card["families"]), *lacking] if line],
+        "Trains": [f"  {card['trains']}"],
+        "Keep": [f"  {needs['keep']}: {card['keep']}"],
+        "Cost": [f"  {cost['formula']}", *(f"  {name}: {_figure(v)}" for name, v in (cost["figures"] or {}).items())],
+        "Threat model": [f"  {' or '.join(card['edit']) or 'any'} edit: {card['threat']}"],
+        "Paper": [f"  {line}" for line in source if line],
+    }
+    return "\n\n".join("\n".join([*([title] if title else []), *lines]) for title, lines in parts.items())
+
+
+def _value(row: dict[str, Any]) -> str:
+    """The value, and the default where it is another."""
+    return repr(row["value"]) + ("" if row["value"] == row["default"] else f" (default {row['default']!r})")
+
+
+def _figure(value: Any) -> str:
+    return "{0:,.0f} to {2:,.0f}, {1:,.0f} on average".format(*value) if isinstance(value, list) else f"{value:,.0f}"
 
 
 def _assignments(values: dict[str, Any]) -> str:

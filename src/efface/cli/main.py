@@ -1,6 +1,7 @@
 """The entry point: which commands there are, and how errors become exit codes.
 
     0    done
+    1    `efface check` found a promise that a method does not keep
     2    wrong use, or an error that efface or the system explains in one line
     130  interrupted (Ctrl-C); 143 terminated
 
@@ -16,7 +17,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from efface import __version__
-from efface.cli import erase, info, sample, world
+from efface.cli import check, erase, export, info, measure, sae, sample, sweep, world
 from efface.core.errors import EffaceError
 
 app = typer.Typer(
@@ -28,10 +29,15 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.command("erase")(erase.erase)
+app.command("measure")(measure.measure)
+app.command("sweep")(sweep.sweep)
 app.command("sample")(sample.sample)
+app.command("export")(export.export)
 app.command("list")(info.list_methods)
 app.command("show")(info.show)
+app.command("check")(check.check)
 app.command("env")(info.env)
+app.add_typer(sae.app, name="sae")
 app.add_typer(world.app, name="world")
 
 

@@ -28,7 +28,9 @@ def note(text: str) -> None:
 
 
 def columns(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], *, header: bool = False) -> str:
-    """Rows as aligned text; the last column is wrapped to the terminal's width."""
+    """Rows as aligned text; the last column is wrapped to the terminal's width. Empty for no rows."""
+    if not rows:
+        return ""
     width = shutil.get_terminal_size((140, 24)).columns
     cells = [*([list(keys)] if header else []), *([str(row[key]) for key in keys] for row in rows)]
     widths = [max(len(line[i]) for line in cells) for i in range(len(keys) - 1)]

@@ -35,8 +35,8 @@ def vocabulary(name: str = "emoji") -> tuple[str, ...]:
 
 
 def _worlds() -> list[str]:
-    folder = resources.files("efface") / "concepts"
-    return [f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml") and f.name != "known.toml"]
+    folder, others = resources.files("efface") / "concepts", ("known.toml", "standard.toml")
+    return [f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml") and f.name not in others]
 
 
 @cache

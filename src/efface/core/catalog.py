@@ -10,6 +10,7 @@ import ast
 import importlib
 import inspect
 import pkgutil
+from collections.abc import Mapping, Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,11 @@ def _third_party(path: str) -> type[Method]:
     if not (inspect.isclass(found) and issubclass(found, Method)):
         raise InvalidMethod(f"{path!r} is no subclass of efface.Method")
     return found
+
+
+def missing(cls: type[Method], families: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+    """By family, the parameter groups that a method needs and the family lacks; none where it is supported."""
+    return {family: [group for group in cls.needs.groups if group not in groups] for family, groups in families.items()}
 
 
 def parse(text: str) -> tuple[str, dict[str, Any]]:

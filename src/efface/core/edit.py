@@ -20,10 +20,16 @@ from torch import Tensor, nn
 from efface.core import file
 from efface.core.card import Card, Match
 from efface.core.errors import InvalidEdit, NoEffect, Overlap, Unsupported
+from efface.core.features import FEATURES, Feature, FeatureMap
+from efface.core.gate import PromptGate
 from efface.core.model import Model, Rule
 from efface.core.rules import RULES
 from efface.core.sampling import noise_for
+from efface.ops.gate import Membranes
 from efface.ops.overlay import Slot
+from efface.ops.ridge import RightFactor
+
+__all__ = ["Attachment", "Chain", "Edit", "FeatureEdit", "FeatureMap", "LowRankEdit", "Part", "Patch", "SamplingEdit", "WeightEdit"]
 
 VERSION = 1
 """Of the file format; a reader refuses a newer one."""
@@ -55,6 +61,11 @@ class Edit(ABC):
     """What somebody who holds the model must do to undo the erasure."""
     card: Card
     extras: Mapping[str, Part]
+
+    @property
+    def lost_in_weights(self) -> str:
+        """What a change of weights, such as a plain LoRA, cannot hold of this edit, in a sentence to warn with; "" for nothing."""
+        return ""
 
     @property
     @abstractmethod
@@ -191,8 +202,17 @@ def _bake(edit: Edit, model: Model, deltas: Mapping[str, Tensor], match: Match) 
 
 
 @dataclass(frozen=True, eq=False)
+class Patch:
+    """One right factor for several maps, which stands for a Δ = W D of each: the whole edit of a closed-form method in one d × d matrix."""
+
+    names: tuple[str, ...]
+    """Full parameter names of the maps, each of input width d."""
+    factor: RightFactor
+
+
+@dataclass(frozen=True, eq=False)
 class WeightEdit(Edit):
-    """W + Δ for some parameters."""
+    """W + Δ for some parameters, and W (I + D) for those of `patches`."""
 
     kind: ClassVar[str] = "weight"
     threat: ClassVar[str] = "a change of weights: whoever holds the original weights, or fine-tunes, can undo it; no flag turns it off"
@@ -201,28 +221,52 @@ class WeightEdit(Edit):
     """Δ by full parameter name ("unet.….to_k.weight"), float32."""
     card: Card
     extras: Mapping[str, Part] = field(default_factory=dict)
+    patches: tuple[Patch, ...] = ()
+    """What is kept as a right factor, and becomes a Δ when it is attached (`expand`)."""
 
     @property
     def names(self) -> frozenset[str]:
-        return frozenset(self.deltas)
+        return frozenset(self.deltas).union(*(patch.names for patch in self.patches))
+
+    def expand(self, model: Model) -> dict[str, Tensor]:
+        """Every Δ by name, those of the patches computed from the weights that `model` now has. Raises Unsupported for another width."""
+        found = dict(self.deltas)
+        for patch in self.patches:
+            width = len(patch.factor.left)
+            for name, slot in model.slots(patch.names).items():
+                if slot.tensor.ndim != 2 or slot.tensor.shape[1] != width:
+                    raise Unsupported(
+                        f"{name} has the shape {tuple(slot.tensor.shape)} in {model.id}, and the patch is for maps of input width {width}"
+                    )
+                found[name] = patch.factor.change(slot.tensor)
+        return found
 
     def _enter(self, model: Model) -> Attachment:
-        return _put(model, self.deltas)
+        return _put(model, self.expand(model))
 
     def bake(self, model: Model, *, match: Match = "exact") -> None:
-        _bake(self, model, self.deltas, match)
+        _bake(self, model, self.expand(model), match)
 
     def _pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        return dict(self.deltas), {}
+        tensors = dict(self.deltas)
+        for number, patch in enumerate(self.patches):
+            sides = {"left": patch.factor.left, "right": patch.factor.right}
+            tensors |= {f"patch.{number}/{side}": tensor for side, tensor in sides.items() if tensor is not None}
+        return tensors, {"patches": [list(patch.names) for patch in self.patches]} if self.patches else {}
 
     @classmethod
     def _unpack(cls, tensors: dict[str, Tensor], settings: dict[str, Any], card: Card, extras: Mapping[str, Part]) -> WeightEdit:
-        return cls(tensors, card, extras)
+        patches = []
+        for number, names in enumerate(settings.get("patches", [])):
+            sides = (tensors[f"patch.{number}/left"], tensors.get(f"patch.{number}/right"))
+            patches.append(Patch(tuple(names), RightFactor(*sides)))
+        deltas = {name: tensor for name, tensor in tensors.items() if not name.startswith("patch.")}
+        return cls(deltas, card, extras, tuple(patches))
 
 
 @dataclass(frozen=True, eq=False)
 class LowRankEdit(Edit):
-    """W + scale · up · down for some parameters (Hu et al., arXiv 2106.09685)."""
+    """W + scale · up · down for some parameters (Hu et al., arXiv 2106.09685); with a gate as strong as each prompt asks."""
 
     kind: ClassVar[str] = "low-rank"
     threat: ClassVar[str] = "an adapter: removable while it is attached; baked in, it is a change of weights"
@@ -232,10 +276,30 @@ class LowRankEdit(Edit):
     card: Card
     extras: Mapping[str, Part] = field(default_factory=dict)
     scale: float = 1.0
+    gate: PromptGate | None = None
+    """With a gate, rank i is the membrane of the gate's i-th concept; nothing is swapped in, and hooks add what the prompt asks for."""
 
     @property
     def names(self) -> frozenset[str]:
-        return frozenset(self.factors)
+        """Gated edits add up, so that those of different concepts do not clash."""
+        return frozenset(self.factors) if self.gate is None else frozenset(f"{n} for {text}" for n in self.factors for text in self._texts)
+
+    @property
+    def _texts(self) -> tuple[str, ...]:
+        return () if self.gate is None else tuple(text for texts in self.gate.texts for text in texts)
+
+    @property
+    def lost_in_weights(self) -> str:
+        if self.gate is None:
+            return ""
+        return (
+            f"the prompt gate ({self.gate.transport}) of the membranes for {', '.join(map(repr, self._texts))}: as plain weights they act "
+            "at full strength on every prompt, and harm what is not erased"
+        )
+
+    def ungated(self) -> LowRankEdit:
+        """The same factors at full strength on every prompt: a plain LoRA, which can be baked in."""
+        return LowRankEdit(self.factors, self.card, self.extras, self.scale)
 
     def deltas(self, model: Model) -> dict[str, Tensor]:
         """scale · up · down in the shape of each parameter, float32."""
@@ -249,79 +313,69 @@ class LowRankEdit(Edit):
         return {name: delta.reshape(shapes[name]) for name, delta in full.items()}
 
     def _enter(self, model: Model) -> Attachment:
-        return _put(model, self.deltas(model))
+        if self.gate is None:
+            return _put(model, self.deltas(model))
+        self.deltas(model)
+        factors = {name.removesuffix(".weight"): pair for name, pair in self.factors.items()}
+        merge = self.gate.merge
+        return Attachment(self.names, (), self.gate.attach(model, Membranes(factors, self.scale, merge)).close)
 
     def bake(self, model: Model, *, match: Match = "exact") -> None:
+        if self.gate is not None:
+            raise Unsupported(f"weights cannot hold {self.lost_in_weights}; use attach, or bake `edit.ungated()` if that is meant")
         _bake(self, model, self.deltas(model), match)
 
     def _pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         parts = {f"{n}/{side}": t for n, pair in self.factors.items() for side, t in zip(("down", "up"), pair, strict=True)}
-        return parts, {"scale": self.scale}
+        return parts, {"scale": self.scale, **({} if self.gate is None else {"gate": self.gate.json()})}
 
     @classmethod
     def _unpack(cls, tensors: dict[str, Tensor], settings: dict[str, Any], card: Card, extras: Mapping[str, Part]) -> LowRankEdit:
         names = [name.removesuffix("/down") for name in tensors if name.endswith("/down")]
-        return cls({n: (tensors[f"{n}/down"], tensors[f"{n}/up"]) for n in names}, card, extras, settings["scale"])
-
-
-@dataclass(frozen=True, eq=False)
-class FeatureMap:
-    """x ↦ x + ((x − offset) downᵀ) up on feature vectors x of width d; up = −down with orthonormal rows is a projection."""
-
-    offset: Tensor
-    """(d,)"""
-    down: Tensor
-    """(k, d)"""
-    up: Tensor
-    """(k, d)"""
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """x is (b l d) or (b d h w)."""
-        offset, down, up = (p.to(x.device, x.dtype) for p in (self.offset, self.down, self.up))
-        rows = x.movedim(1, -1) if x.ndim == 4 else x
-        rows = rows + ((rows - offset) @ down.T) @ up
-        return rows.movedim(-1, 1) if x.ndim == 4 else rows
+        gate = PromptGate.from_json(settings["gate"]) if "gate" in settings else None
+        return cls({n: (tensors[f"{n}/down"], tensors[f"{n}/up"]) for n in names}, card, extras, settings["scale"], gate)
 
 
 @dataclass(frozen=True, eq=False)
 class FeatureEdit(Edit):
-    """Maps on the outputs of named modules."""
+    """Hooks that change features while the denoiser runs: see `core.features`."""
 
     kind: ClassVar[str] = "feature"
     threat: ClassVar[str] = "a removable hook: whoever runs the model can leave it out"
 
-    maps: Mapping[str, FeatureMap]
+    maps: Mapping[str, Feature]
     """By full module name ("unet.mid_block.attentions.0")."""
     card: Card
     extras: Mapping[str, Part] = field(default_factory=dict)
 
     @property
     def names(self) -> frozenset[str]:
-        return frozenset(f"{name}()" for name in self.maps)
+        return frozenset().union(*(feature.names(place) for place, feature in self.maps.items()))
 
     def _enter(self, model: Model) -> Attachment:
-        hooks = ExitStack()
-        modules = {name: model.module(name) for name in self.maps}
-        for name, transform in self.maps.items():
-            hooks.callback(modules[name].register_forward_hook(_hook(transform)).remove)
-        return Attachment(self.names, (), hooks.close)
+        with ExitStack() as hooks:
+            for place, feature in self.maps.items():
+                feature.enter(model, place, hooks)
+            return Attachment(self.names, (), hooks.pop_all().close)
 
     def _pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        return {f"{n}/{p}": getattr(m, p) for n, m in self.maps.items() for p in ("offset", "down", "up")}, {}
+        tensors: dict[str, Tensor] = {}
+        settings: dict[str, Any] = {}
+        for place, feature in self.maps.items():
+            own, values = feature.pack()
+            tensors |= {f"{place}/{name}": tensor for name, tensor in own.items()}
+            settings[place] = {"kind": feature.kind, "values": values}
+        return tensors, {"features": settings}
 
     @classmethod
     def _unpack(cls, tensors: dict[str, Tensor], settings: dict[str, Any], card: Card, extras: Mapping[str, Part]) -> FeatureEdit:
-        names = [name.removesuffix("/offset") for name in tensors if name.endswith("/offset")]
-        return cls({n: FeatureMap(*(tensors[f"{n}/{p}"] for p in ("offset", "down", "up"))) for n in names}, card, extras)
-
-
-def _hook(transform: Callable[[Tensor], Tensor]) -> Callable[..., Any]:
-    """A forward hook; blocks that are called with return_dict=False give tuples, and must get tuples back."""
-
-    def hook(module: nn.Module, inputs: Any, output: Any) -> Any:
-        return (transform(output[0]), *output[1:]) if isinstance(output, tuple) else transform(output)
-
-    return hook
+        maps: dict[str, Feature] = {}
+        for place, entry in settings["features"].items():
+            if entry["kind"] not in FEATURES:
+                raise InvalidEdit(f"the edit holds the unknown kind of feature {entry['kind']!r}; known are {', '.join(FEATURES)}")
+            own = {n.removeprefix(f"{place}/"): t for n, t in tensors.items() if n.startswith(f"{place}/")}
+            maps[place] = FEATURES[entry["kind"]].unpack(own, entry["values"])
+        return cls(maps, card, extras)
 
 
 @dataclass(frozen=True, eq=False)
@@ -385,6 +439,9 @@ class Chain(Edit):
         hooks = [edit.kind for edit in self.edits if isinstance(edit, (FeatureEdit, SamplingEdit))]
         if hooks:
             raise Unsupported(f"a chain with a {hooks[0]} edit cannot be baked in, since that part is a removable hook; use attach")
+        lost = [edit.lost_in_weights for edit in self.edits if edit.lost_in_weights]
+        if lost:
+            raise Unsupported(f"a chain cannot be baked in where weights cannot hold {lost[0]}; use attach, or chain `edit.ungated()`")
         self.card.check(model, match)
         for edit in self.edits:
             edit.bake(model, match="force")

@@ -18,6 +18,10 @@ class InvalidMethod(EffaceError, ValueError):
     """A method's text form that cannot be read: unknown method, field, preset or value."""
 
 
+class InvalidAttack(EffaceError, ValueError):
+    """An attack's text form that cannot be read: unknown attack, field, preset or value."""
+
+
 class InvalidModel(EffaceError, ValueError):
     """Something that was given as a model and is none that efface can read."""
 

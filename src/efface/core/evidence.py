@@ -11,12 +11,12 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from efface.core.errors import Undetermined
+from efface.core.errors import Undetermined, Unsupported
 from efface.core.method import Paper
 from efface.core.model import Model
 from efface.core.sampling import seeded
@@ -31,6 +31,9 @@ Direction = Literal["higher", "lower", "neither"]
 Role = Literal["target", "neighbour", "kept", "unrelated", "pair"]
 """What a prompt is there for: the erased concept; its relatives; what the user wants kept; anything else; the target beside another."""
 Access = Literal["prompts", "embeddings", "sampler", "weights"]
+Threat = Literal["T0", "T1", "T2", "T3", "T4", "T5"]
+"""What an attacker holds. T0: natural prompts; T1: black-box prompts; T2: white-box prompts; T3: the embeddings; T4: sampler, noise and
+pictures; T5: the weights."""
 DEPTH = 10
 """How many labels a detector keeps for each picture, so that any top-k up to it can be computed later."""
 TOLERATED = 0.02
@@ -55,14 +58,32 @@ class Shot:
 
 
 @dataclass(frozen=True)
+class Box:
+    """One thing that a detector found in a picture, as it reported it."""
+
+    label: str
+    score: float
+    box: tuple[int, int, int, int]
+    """Left, top, width, height in pixels of the picture."""
+
+
+@dataclass(frozen=True)
 class Sighting:
-    """What a detector saw in one picture: at most `DEPTH` labels, the most probable first. Without labels: undetermined."""
+    """What a detector saw in one picture: at most `DEPTH` labels, the most probable first. Undetermined without labels, unless
+    the detector finds boxes: then a picture without any is one in which it looked and found nothing."""
 
     labels: tuple[str, ...] = ()
     scores: tuple[float, ...] = ()
     """One for each label, falling; empty where only the order is known."""
     threshold: float = 0.0
     """The score that a label must reach to count as seen, as its detector is calibrated."""
+    boxes: tuple[Box, ...] | None = None
+    """Every box of a detector of boxes, unfiltered; None for a classifier, and where a picture could not be judged."""
+
+    @property
+    def determined(self) -> bool:
+        """Whether the detector could judge the picture."""
+        return bool(self.labels) or self.boxes is not None
 
     def top(self, k: int, threshold: float | None = None) -> tuple[str, ...]:
         """Those of the first k labels whose score reaches the threshold (by default its own); none in a picture of nothing.
@@ -76,7 +97,7 @@ class Sighting:
 
     def shows(self, labels: Collection[str], k: int, threshold: float | None = None) -> bool | None:
         """Whether one of `labels` is in the top k; None where the detector could not judge."""
-        return not set(labels).isdisjoint(self.top(k, threshold)) if self.labels else None
+        return not set(labels).isdisjoint(self.top(k, threshold)) if self.determined else None
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,6 +109,17 @@ class Samples:
     """Empty where no detector looked."""
     images: Tensor | None = None
     """(n 3 h w) uint8, where they were kept."""
+    agreement: tuple[float, ...] = ()
+    """Cosine of each picture with its own prompt in an embedder's space, in [-1, 1]; empty where none looked."""
+    features: Tensor | None = None
+    """(n d) embeddings of the pictures, of unit length, where an embedder looked."""
+
+    def rows(self, rows: Sequence[int]) -> Samples:
+        """Some of the shots, with what belongs to them."""
+        sightings = tuple(self.sightings[i] for i in rows) if self.sightings else ()
+        agreement = tuple(self.agreement[i] for i in rows) if self.agreement else ()
+        images, features = (None if t is None else t[list(rows)] for t in (self.images, self.features))
+        return Samples(tuple(self.shots[i] for i in rows), sightings, images, agreement, features)
 
 
 class Detector(ABC):
@@ -127,6 +159,25 @@ class Detector(ABC):
             raise Unsupported(f"{self.name} has no label {unknown[0]!r} for a concept of kind {kind!r}; {suggest(unknown[0], known)}")
 
 
+class Embedder(ABC):
+    """Puts pictures and texts into one space, as CLIP does. Like a detector it must be independent of what it judges."""
+
+    name: str
+
+    @property
+    @abstractmethod
+    def version(self) -> str:
+        """Recognises the weights."""
+
+    @abstractmethod
+    def embed_images(self, images: Tensor) -> Tensor:
+        """Images (b 3 h w) in [0, 1] to embeddings (b d) of unit length."""
+
+    @abstractmethod
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """b texts to embeddings (b d) of unit length."""
+
+
 @dataclass(frozen=True)
 class Score:
     """One number with what it rests on."""
@@ -156,6 +207,16 @@ class Score:
         low, high = wilson(hits, len(items)).low, wilson(hits + unknown, len(items)).high
         values = tuple(None if item is None else float(item) for item in items)
         return cls(name, hits / len(judged), low, high, len(judged), direction, "share", unknown, values)
+
+    @classmethod
+    def mean(cls, name: str, items: Sequence[float], clusters: Sequence[str], direction: Direction, unit: str, *, seed: int = 0) -> Score:
+        """A mean, with the interval of a bootstrap over `clusters`. Raises Undetermined for no item."""
+        if not items:
+            raise Undetermined(f"{name}: there is no value to average; measure at least one picture")
+        values = torch.tensor(items, dtype=torch.float64)
+        low, high = bootstrap(values.float(), torch.ones(len(values)), number(clusters), generator=seeded(seed))
+        value = float(values.mean())
+        return cls(name, value, min(low, value), max(high, value), len(values), direction, unit, 0, tuple(items))
 
 
 @dataclass(frozen=True)
@@ -197,6 +258,23 @@ class Contrast:
         change = Score(f"{name}: change", value, low, high, len(pairs), direction, "points", unknown, items)
         return cls(first, second, change)
 
+    @classmethod
+    def means(
+        cls,
+        name: str,
+        before: Sequence[float],
+        after: Sequence[float],
+        clusters: Sequence[str],
+        direction: Direction,
+        unit: str,
+        *,
+        seed: int = 0,
+    ) -> Contrast:
+        """Two means of values of the same items and their difference, each with a bootstrap over `clusters`. Raises Undetermined."""
+        differences = [a - b for b, a in zip(before, after, strict=True)]
+        named = ((name, before), (name, after), (f"{name}: change", differences))
+        return cls(*(Score.mean(n, items, clusters, direction, unit, seed=seed) for n, items in named))
+
     def with_drop(
         self, before: Sequence[bool | None], after: Sequence[bool | None], clusters: Sequence[str], direction: Direction, *, seed: int = 0
     ) -> Contrast:
@@ -214,6 +292,52 @@ class Contrast:
         return replace(self, relative=Score(name, (seen - still) / seen, ends.low, ends.high, len(b), direction, "share", unknown))
 
 
+@dataclass(frozen=True)
+class Comparison:
+    """Whether one edit is worse than another by more than a margin, on the same prompts and noise."""
+
+    name: str
+    first: Score
+    second: Score
+    difference: Score
+    """first − second, in points."""
+    margin: float
+    """The largest loss that still counts as "not inferior", as a share: 0.03 is three points."""
+
+    @property
+    def verdict(self) -> Literal["not inferior", "inferior", "undecided"]:
+        """ "not inferior": the whole interval lies above −margin, which errs in 2.5 % of the cases at most; "inferior": it lies
+        below; "undecided": more pictures are needed. (Where lower is better, signs are turned.)"""
+        score, turned = self.difference, self.difference.direction == "lower"
+        low, high = (-score.high, -score.low) if turned else (score.low, score.high)
+        return "not inferior" if low > -self.margin else "inferior" if high < -self.margin else "undecided"
+
+    @classmethod
+    def shares(
+        cls,
+        name: str,
+        first: Sequence[bool | None],
+        second: Sequence[bool | None],
+        clusterings: Sequence[Sequence[str]],
+        direction: Direction,
+        margin: float,
+        *,
+        seed: int = 0,
+    ) -> Comparison:
+        """The comparison of two shares over the same items. The difference's interval is the hull of Newcombe's paired one and
+        of a bootstrap over each of `clusterings`: prompts, and fits, where several seeds or tasks are pooled.
+
+        Raises Undetermined where no item was judged in both, ValueError for a margin that is no share or no clustering."""
+        if not 0 < margin < 1:
+            raise ValueError(f"margin was {margin}; expected a share between 0 and 1, such as 0.03 for three points")
+        if not clusterings:
+            raise ValueError("no clustering was given; expected at least one, such as the prompts")
+        paired = [Contrast.shares(name, second, first, clusters, direction, seed=seed) for clusters in clusterings]
+        change = paired[0].change
+        low, high = (pick(getattr(p.change, end) for p in paired) for pick, end in ((min, "low"), (max, "high")))
+        return cls(name, paired[0].after, paired[0].before, replace(change, name=f"{name}: difference", low=low, high=high), margin)
+
+
 def _columns(pairs: Sequence[tuple[bool, bool, str]]) -> tuple[Tensor, Tensor, Tensor]:
     before, after, clusters = zip(*pairs, strict=True)
     return torch.tensor(before, dtype=torch.bool), torch.tensor(after, dtype=torch.bool), number(clusters)
@@ -221,7 +345,7 @@ def _columns(pairs: Sequence[tuple[bool, bool, str]]) -> tuple[Tensor, Tensor, T
 
 def check_determined(sightings: Sequence[Sighting], tolerated: float = TOLERATED) -> int:
     """The number of undetermined sightings. Raises Undetermined when it is above the tolerated share."""
-    failed = sum(not s.labels for s in sightings)
+    failed = sum(not s.determined for s in sightings)
     if failed > tolerated * len(sightings):
         raise Undetermined(
             f"the detector could not judge {failed} of {len(sightings)} pictures, and at most {tolerated:.0%} are tolerated; "
@@ -247,13 +371,19 @@ class Metric(ABC):
 
 def paired(before: Samples, after: Samples, wanted: Callable[[Shot], bool]) -> list[tuple[Shot, Sighting, Sighting]]:
     """The shots that a metric wants, with what was seen in each. Raises ValueError as `Metric.measure` says."""
-    if before.shots != after.shots:
-        raise ValueError("the two samples are of different prompts or seeds; draw both from one plan")
+    wanted_rows = chosen(before, after, wanted)
     if not len(before.shots) == len(before.sightings) == len(after.sightings):
         raise ValueError(
             f"{len(before.shots)} shots with {len(before.sightings)} and {len(after.sightings)} sightings; expected one for each"
         )
-    rows = [row for row in zip(before.shots, before.sightings, after.sightings, strict=True) if wanted(row[0])]
+    return [(before.shots[i], before.sightings[i], after.sightings[i]) for i in wanted_rows]
+
+
+def chosen(before: Samples, after: Samples, wanted: Callable[[Shot], bool]) -> list[int]:
+    """The rows of the shots that a metric wants. Raises ValueError for other prompts or noise, or where there is none."""
+    if before.shots != after.shots:
+        raise ValueError("the two samples are of different prompts or seeds; draw both from one plan")
+    rows = [i for i, shot in enumerate(before.shots) if wanted(shot)]
     if not rows:
         roles = ", ".join(sorted({shot.role for shot in before.shots})) or "none"
         raise ValueError(f"no shot is of the kind that this metric measures; the plan holds the roles {roles}")
@@ -279,13 +409,35 @@ class Evidence:
     parts: Mapping[str, Part] = field(default_factory=dict)
     """Tensors found, such as embeddings."""
     cost: Mapping[str, float] = field(default_factory=dict)
+    threat: Threat = "T0"
+    """What the attacker holds."""
+    before: Score | None = None
+    """pre-ASR: the share of prompts for which the attacked model draws the concept as they stand."""
+    original: Score | None = None
+    """The same for the un-erased model, from the same noise."""
+    candidates: int = 1
+    """Pictures tried for a prompt at most, beside the first; the control has as many."""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """JSON values: settings, what was seen in every picture, what else the attack measured."""
 
 
 class Attack(ABC):
     """Tries to bring an erased concept back. Attacks `after` itself, with all its hooks active."""
 
     access: ClassVar[Access]
+    threat: ClassVar[Threat] = "T0"
     paper: ClassVar[Paper]
+    bare: ClassVar[bool] = False
+    """Whether it attacks the bare denoiser, `Model.predict`, and not guided predictions or pictures."""
+
+    def require(self, after: Model) -> None:
+        """To be called first in `search`. Raises Unsupported where the attack would meet the un-erased model: it looks at the bare
+        denoiser, and what is attached acts on guidance alone."""
+        if self.bare and after.unseen:
+            raise Unsupported(
+                f"{type(self).__name__} attacks the bare denoiser, which {', '.join(after.unseen)} leaves as it was: it would attack the "
+                "un-erased model. Use an attack that looks at guided predictions or pictures"
+            )
 
     @abstractmethod
     def search(self, before: Model, after: Model, concept: Concept, detector: Detector, *, budget: int, seed: int) -> Evidence:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import ast
 import dataclasses
 import inspect
+import math
 import textwrap
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from torch import Tensor
@@ -51,12 +53,46 @@ class Paper:
     code: str = ""
 
 
+class Expectation(float):
+    """A figure of `Method.cost` that hangs on what is drawn, such as random times: its mean, and what it can be at least and at most."""
+
+    low: float
+    high: float
+
+    def __new__(cls, mean: float, low: float, high: float) -> Expectation:
+        """Raises ValueError unless low ≤ mean ≤ high."""
+        if not low <= mean <= high:
+            raise ValueError(f"an expectation of {mean} between {low} and {high}; expected low ≤ mean ≤ high")
+        number = super().__new__(cls, mean)
+        number.low, number.high = low, high
+        return number
+
+
 Report = Callable[[int, int, Mapping[str, float]], None]
 """Called after every step with (steps done, steps in all, figures such as losses)."""
 
 
 def silent(step: int, total: int, figures: Mapping[str, float]) -> None:
     """The report of nobody."""
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """What a fit is expected to cost, said before it starts."""
+
+    steps: float = 0
+    forwards: float = 0
+    """Samples through the denoiser."""
+    backwards: float = 0
+    """Samples of backward."""
+    memory: int = 0
+    """Bytes beyond the loaded model, without activations (`Method.memory`); 0 where unknown."""
+    done: int = 0
+    """Steps that a checkpoint saves."""
+
+
+def unannounced(forecast: Forecast) -> None:
+    """The announcement to nobody."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +108,12 @@ class Resources:
     assets: Mapping[str, Any] = field(default_factory=dict)
     """Trained parts by name, such as a sparse autoencoder."""
     report: Report = silent
+    announce: Callable[[Forecast], None] = unannounced
+    """Called once, before the first step of a method that takes steps."""
+    checkpoint: Path | None = None
+    """A file that keeps the state of a fit, so that it can go on after a kill: see `core.fitting`. None keeps nothing."""
+    checkpoint_every: int = 50
+    """Steps from one writing of the checkpoint to the next."""
 
 
 class Method(ABC):
@@ -89,7 +131,18 @@ class Method(ABC):
         Raises InvalidTask, Unsupported (a need that the model lacks), Diverged (a loss that is not finite)."""
 
     def cost(self, model: Model, task: Task) -> dict[str, float]:
-        """Expected "steps", "forwards", "backwards" in samples before anything is run; empty where nothing is known."""
+        """What a fit will cost: "steps", and "forwards" and "backwards" in samples. Exact, or an `Expectation` where it hangs on
+        what is drawn. A figure that is left out is 0. `efface check` compares it with what was metered."""
+        return {}
+
+    def memory(self, model: Model, task: Task) -> int:
+        """Bytes that a fit holds beyond the loaded model: trained copies, their gradients, optimiser, kept latents; without activations.
+        An estimate; 0 where nothing is known."""
+        return 0
+
+    @classmethod
+    def make_assets(cls, model: Model, task: Task, *, seed: int = 0) -> Mapping[str, Any]:
+        """Small assets for `efface check`, made on the spot: one for each name of `needs.assets`. None where none is needed."""
         return {}
 
     @classmethod
@@ -108,9 +161,11 @@ class Method(ABC):
                 f"{cls.name()} has no preset {preset!r}; {suggest(str(preset), cls.presets) if cls.presets else 'it has none'}"
             )
         known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
-        for key in fields:
+        for key, value in fields.items():
             if key not in known:
                 raise InvalidMethod(f"{cls.name()} has no field {key!r}; {suggest(key, known)}")
+            if type(value) is int and str(known[key].type).startswith("float"):
+                fields[key] = float(value)  # `eta=2` is meant as 2.0
         return cls(**{**(cls.presets[preset] if preset else {}), **fields})
 
     def __str__(self) -> str:
@@ -122,8 +177,33 @@ class Method(ABC):
         ]
         return f"{self.name()}({', '.join(changed)})" if changed else self.name()
 
+    def check_fields(
+        self,
+        *,
+        at_least: Mapping[str, int] | None = None,
+        above_zero: Sequence[str] = (),
+        from_zero: Sequence[str] = (),
+        one_of: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
+        """For `__post_init__`: integers of at least a value, finite numbers above or from 0, choices. Raises InvalidMethod."""
+        for name, low in (at_least or {}).items():
+            self.check_field(name, type(getattr(self, name)) is int and getattr(self, name) >= low, f"an integer of at least {low}")
+        for name in above_zero:
+            self.check_field(name, 0 < getattr(self, name) < math.inf, "a number above 0")
+        for name in from_zero:
+            self.check_field(name, 0 <= getattr(self, name) < math.inf, "a number of at least 0")
+        for name, valid in (one_of or {}).items():
+            self.check_field(name, getattr(self, name) in valid, f"one of {', '.join(valid)}")
+
+    def check_field(self, name: str, good: bool, expected: str) -> None:
+        """Raises InvalidMethod with what the field was and what was expected, unless it is `good`."""
+        if not good:
+            raise InvalidMethod(f"{self.name()}'s {name} was {getattr(self, name)!r}; expected {expected}")
+
     def require(self, model: Model, task: Task) -> None:
-        """Checks `needs` against a model and a task. Raises Unsupported with the missing need."""
+        """Checks `needs` against a model and a task. Raises Unsupported with the missing need, and InvalidTask for a task that has not
+        met its own checks, since it was unpickled or patched."""
+        Task(task.erase, task.keep)
         missing = [group for group in self.needs.groups if group not in model.groups]
         if missing:
             raise Unsupported(
@@ -138,8 +218,9 @@ class Method(ABC):
         """The string under each field of the dataclass: meaning, unit, the paper's symbol."""
         body = ast.parse(textwrap.dedent(inspect.getsource(cls))).body[0].body  # type: ignore[attr-defined]
         docs: dict[str, str] = {}
+        names = {f.name for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
         for statement, following in zip(body, body[1:], strict=False):
-            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name) and statement.target.id in names:
                 if isinstance(following, ast.Expr) and isinstance(following.value, ast.Constant) and isinstance(following.value.value, str):
                     docs[statement.target.id] = inspect.cleandoc(following.value.value)
         return docs

@@ -41,11 +41,17 @@ class Cond:
         return Cond(*(None if p is None else f(p) for p in parts))  # type: ignore[arg-type]
 
     def __getitem__(self, rows: slice | Tensor | list[int]) -> Cond:
-        return self._map(lambda t: t[rows])
+        """Some rows; an index (b) may lie on another device."""
+        return self._map(lambda t: t[rows.to(t.device) if isinstance(rows, Tensor) else rows])
 
     def expand(self, batch: int) -> Cond:
         """Repeats a single row `batch` times (a view where possible)."""
         return self if len(self) == batch else self._map(lambda t: t.expand(batch, *t.shape[1:]))
+
+    def mix(self, weights: Tensor) -> Cond:
+        """Σ_i y_i T_i for weights y (b n) over the n rows, in float32: one row for a one-hot y, else a mixture. Differentiable in y."""
+        tokens = (weights @ self.tokens.float().flatten(1)).unflatten(1, self.tokens.shape[1:])
+        return Cond(tokens, None if self.pooled is None else weights @ self.pooled.float())
 
     def with_tokens(self, tokens: Tensor) -> Cond:
         """The same with other token embeddings; ids and mask are forgotten, since they no longer belong."""
@@ -84,6 +90,12 @@ class Meter:
             prediction.register_hook(self._count_backward)
         return prediction
 
+    def watch_backward(self, value: Tensor) -> Tensor:
+        """Counts the backward through `value` (b …) alone, for a loss that reads something else of the network than its prediction."""
+        if value.requires_grad:
+            value.register_hook(self._count_backward)
+        return value
+
     def _count_backward(self, gradient: Tensor) -> None:
         self.backwards += len(gradient)
 
@@ -111,6 +123,7 @@ class Rule(ABC):
 
 
 Guided = Callable[[Tensor, Tensor, Cond, Cond, float], Tensor]
+BeforeDenoising = Callable[[Tensor, Tensor, Tensor], "Sequence[Tensor] | None"]
 
 
 class Model(ABC):
@@ -133,6 +146,12 @@ class Model(ABC):
     """What `sample` takes without `steps`."""
     default_guidance: float
     """What `sample` takes without `guidance`."""
+
+    @property
+    def unseen(self) -> tuple[str, ...]:
+        """The active sampling rules by name: what is erased in `guided` and in pictures, and not in `predict`. An attack on the bare
+        denoiser would run on the un-erased model there, and is refused (`Attack.require`)."""
+        return tuple(rule.name for rule in self.rules)
 
     # -- text and images -------------------------------------------------------------------------------------------------
     @abstractmethod
@@ -159,6 +178,11 @@ class Model(ABC):
     @abstractmethod
     def words(self) -> list[str]:
         """The tokenizer's whole words (alphabetic, end-of-word mark removed), in the order of their ids."""
+
+    def spell(self, ids: Tensor) -> list[str]:
+        """The texts of token ids (b l), without start, end and padding; encoding one again may give other tokens. Raises Unsupported where
+        the family cannot tell."""
+        raise Unsupported(f"the family {self.family!r} cannot turn token ids into text")
 
     # -- denoiser --------------------------------------------------------------------------------------------------------
     @abstractmethod
@@ -233,7 +257,21 @@ class Model(ABC):
 
     @abstractmethod
     def attention(self, *, resolution: int | None = None) -> AbstractContextManager[Any]:
-        """Captures cross-attention maps while active; yields an object with `.mean()` -> (b h w l), summed as they come."""
+        """Captures cross-attention maps while active; yields an object with `.mean()` -> (b h w l), summed as they come, and a list
+        `.watchers` of functions that are called with each layer's probabilities (b n q l), heads apart."""
+
+    def before_denoising(self, function: BeforeDenoising) -> Callable[[], None]:
+        """Calls `function(x, t, tokens)`, x (b c h w), t (b), tokens (b l d), before each call of the denoiser, a pipeline's own included.
+
+        The residuals that it returns are added to the skips, in the order of the decoder's list, and the middle, on top of those of a
+        ControlNet; None adds nothing. Returns what takes it away again. Raises Unsupported where the family has no such place."""
+        raise Unsupported(f"the family {self.family!r} offers no place before its denoiser, which edits of features need")
+
+    def encoder_copy(self) -> tuple[nn.Module, list[int]]:
+        """A copy of the denoiser's encoder and middle with its present weights, and the channels of its outputs.
+
+        It is a module from x, t, tokens, as above, to the list of all skips and the middle. Raises Unsupported for what is no UNet."""
+        raise Unsupported(f"the denoiser of the family {self.family!r} has no encoder with skips to copy")
 
     # -- state -----------------------------------------------------------------------------------------------------------
     @property

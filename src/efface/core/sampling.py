@@ -57,6 +57,13 @@ class Schedule:
         a = self.at(t, x0)
         return (a.sqrt() * x0 + (1 - a).sqrt() * noise).to(x0.dtype)
 
+    def target(self, x0: Tensor, noise: Tensor, t: Tensor | int) -> Tensor:
+        """What a network in training is to predict at x_t = `add_noise(x0, noise, t)`: ε, or v = √ᾱ_t ε − √(1−ᾱ_t) x_0."""
+        if self.prediction == "epsilon":
+            return noise
+        a = self.at(t, x0)
+        return a.sqrt() * noise - (1 - a).sqrt() * x0
+
     def to_noise(self, x: Tensor, t: Tensor | int, pred: Tensor) -> Tensor:
         """ε from a prediction: itself, or √ᾱ v + √(1−ᾱ) x."""
         if self.prediction == "epsilon":
@@ -80,6 +87,11 @@ class Schedule:
         """w_t with ‖ε − ε'‖² = w_t ‖pred − pred'‖²: 1 for noise, ᾱ for velocity; shape (b 1 1 1)."""
         a = self.at(t, like)
         return torch.ones_like(a) if self.prediction == "epsilon" else a
+
+    def distance(self, space: str, t: Tensor | int, pred: Tensor, goal: Tensor) -> Tensor:
+        """mean ‖f(pred) − f(goal)‖² at the times t, f to the clean latent ("x0") or to the noise ("eps")."""
+        weight = self.x0_weight(t, goal) if space == "x0" else self.noise_weight(t, goal)
+        return (weight * (pred - goal).square()).mean()
 
     def ddim_step(self, x: Tensor, t: Tensor | int, t_next: Tensor | int, pred: Tensor) -> Tensor:
         """One deterministic step from t to the cleaner t_next (Song et al., arXiv 2010.02502, η = 0)."""

@@ -152,6 +152,11 @@ class Task:
     def targets(self) -> tuple[Concept, ...]:
         return tuple(swap.target for swap in self.erase)
 
+    @property
+    def texts(self) -> dict[str, str]:
+        """Each text to erase, and the text of its anchor ("" for nothing)."""
+        return {text: swap.anchor.texts[0] for swap in self.erase for text in swap.target.texts}
+
     def __str__(self) -> str:
         text = "; ".join(str(swap) for swap in self.erase)
         return f"{text} | keep {', '.join(str(c) for c in self.keep)}" if self.keep else text

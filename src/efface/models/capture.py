@@ -26,6 +26,8 @@ class AttentionMaps:
         """The sums (b h w l) by (h, w)."""
         self.counts: dict[tuple[int, int], int] = {}
         """How many maps each sum holds."""
+        self.watchers: list[Callable[[Tensor], None]] = []
+        """Each is called with every kept layer's probabilities (b n q l), its n heads apart, as they come."""
         self._latent = (0, 0)
 
     def mean(self) -> Tensor:
@@ -38,6 +40,13 @@ class AttentionMaps:
         height, width = max(self.totals)
         total = sum(_resized(t, height, width) for t in self.totals.values())
         return total / sum(self.counts.values())  # type: ignore[return-value]
+
+    def see(self, probabilities: Tensor) -> None:
+        """One layer's probabilities (b n q l), q = h·w, n heads: handed to the watchers, and averaged into the sums."""
+        if self.resolution in (None, _size(self._latent, probabilities.shape[2])[0]):
+            for watcher in self.watchers:
+                watcher(probabilities)
+        self.add(probabilities.mean(1))
 
     def add(self, probabilities: Tensor) -> None:
         """One layer's probabilities (b q l), q = h·w."""
@@ -69,7 +78,7 @@ class _Recorder:
         mask = None if attention_mask is None else attn.prepare_attention_mask(attention_mask, text.shape[1], len(text))
         query, key, value = (attn.head_to_batch_dim(part) for part in (attn.to_q(hidden_states), attn.to_k(text), attn.to_v(text)))
         probabilities = attn.get_attention_scores(query, key, mask)
-        self.maps.add(probabilities.unflatten(0, (-1, attn.heads)).mean(1))
+        self.maps.see(probabilities.unflatten(0, (-1, attn.heads)))
         mixed = attn.batch_to_head_dim(probabilities @ value)
         return attn.to_out[1](attn.to_out[0](mixed)) / attn.rescale_output_factor
 

@@ -2,7 +2,8 @@
 
 Sources: `train-scripts/train-esd.py` of rohitgandikota/erasing@a2189e9 (xattn, noxattn, selfattn, full, notime, xlayer, selflayer),
 `esd_sd.py` and `esd_sdxl.py` of rohitgandikota/erasing@25613d2 (esd_u, esd_u_blocks, text_kv as its "esd-x-strict"),
-`train_adversarial_gumbel.py` of tuananhbui89/Erasing-Adversarial-Preservation@7222925 (xattn_matching).
+`train_adversarial_gumbel.py` of tuananhbui89/Erasing-Adversarial-Preservation@7222925 (xattn_matching), `diffusers/` of
+nupurkmr9/concept-ablation@c11fb1b (attn).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ UNET_GROUPS: dict[str, Rule] = {
     "xattn": lambda name, owner: ".attn2." in name,
     "xattn_matching": lambda name, owner: ".attn2." in name and ".to_out." not in name,
     "text_kv": lambda name, owner: ".attn2.to_k." in name or ".attn2.to_v." in name,
+    "attn": lambda name, owner: ".attn1." in name or ".attn2." in name,
     "selfattn": lambda name, owner: ".attn1." in name,
     "noxattn": lambda name, owner: ".attn2." not in name and not name.startswith(OUTPUT + TIME),
     "notime": lambda name, owner: not name.startswith(OUTPUT + TIME),

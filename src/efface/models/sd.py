@@ -10,6 +10,7 @@ import inspect
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, final
 
 import torch
@@ -21,10 +22,11 @@ from torch import Tensor, nn
 from transformers.models.clip.modeling_clip import CLIPEncoderLayer
 
 from efface.core.errors import InvalidModel, Unsupported, suggest
-from efface.core.model import Cond, Meter, Model, Parameters
+from efface.core.model import BeforeDenoising, Cond, Meter, Model, Parameters
 from efface.core.sampling import Schedule, seeded
 from efface.models import capture
 from efface.models.clip import byte_table, spelt
+from efface.models.encoder import Encoder, before
 from efface.models.groups import UNET_GROUPS
 from efface.ops.overlay import Slot
 
@@ -124,11 +126,22 @@ class StableDiffusion(Model):
         return self.pipeline.unet.config.in_channels, height, width
 
     def words(self) -> list[str]:
-        """CLIP's whole words: tokens that end a word ("cat</w>"), of lower-case letters only, in the order of their ids."""
-        vocabulary, table = self.pipeline.tokenizer.get_vocab(), byte_table()
-        ending = (token.removesuffix("</w>") for token in sorted(vocabulary, key=vocabulary.__getitem__) if token.endswith("</w>"))
-        words = (spelt(token, table) for token in ending)
-        return [word for word in words if word.isalpha() and word == word.lower()]
+        """CLIP's whole words, of lower-case letters only, in the order of their ids: tokens that end a word ("cat</w>") and that their
+        own text encodes to. Where the tokenizer's folder holds a `words.txt`, only those in it: a small vocabulary has endings such as
+        "ehicle" among its tokens, left over from learning "vehicle", and nothing in the tokenizer tells them from words."""
+        tokenizer, table = self.pipeline.tokenizer, byte_table()
+        ids = tokenizer.get_vocab()
+        ending = [token for token in sorted(ids, key=ids.__getitem__) if token.endswith("</w>")]
+        spelt_by = {spelt(token.removesuffix("</w>"), table): ids[token] for token in ending}
+        words = [word for word in spelt_by if word.isalpha() and word == word.lower()]
+        encoded = tokenizer(words, add_special_tokens=False).input_ids
+        path = Path(tokenizer.name_or_path, "words.txt")
+        known = tokenizer.name_or_path and path.is_file()
+        listed = set(path.read_text(encoding="utf-8").split()) if known else set(words)
+        return [word for word, found in zip(words, encoded, strict=True) if found == [spelt_by[word]] and word in listed]
+
+    def spell(self, ids: Tensor) -> list[str]:
+        return [text.strip() for text in self.pipeline.tokenizer.batch_decode(ids.tolist(), skip_special_tokens=True)]
 
     # -- denoiser --------------------------------------------------------------------------------------------------------
     @property
@@ -260,6 +273,13 @@ class StableDiffusion(Model):
     def attention(self, *, resolution: int | None = None) -> AbstractContextManager[capture.AttentionMaps]:
         """Captures cross-attention while active; `.mean()` is (b h w l). See `AttentionMaps`."""
         return capture.attention(self.pipeline.unet, self.hook_points("cross_attn"), resolution=resolution)
+
+    def before_denoising(self, function: BeforeDenoising) -> Callable[[], None]:
+        return before(self.pipeline.unet, function)
+
+    def encoder_copy(self) -> tuple[nn.Module, list[int]]:
+        copied = Encoder(self.pipeline.unet)
+        return copied, copied.channels
 
 
 def schedule_of(scheduler: Any) -> Schedule:

@@ -78,6 +78,21 @@ class Overlay:
     def __exit__(self, *error: object) -> None:
         self._stack.pop().__exit__(*error)  # type: ignore[attr-defined]
 
+    def state_dict(self) -> dict[str, Tensor]:
+        """The copies, for a checkpoint."""
+        return {name: tensor.detach() for name, tensor in self.tensors.items()}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: Mapping[str, Tensor]) -> None:
+        """Sets the copies in place: an optimiser goes on with them. Raises KeyError for a missing name."""
+        for name, tensor in self.tensors.items():
+            tensor.copy_(state_dict[name])
+
     def deltas(self) -> dict[str, Tensor]:
         """What was learned: replacement − original, float32, on the CPU."""
         return {n: (p.detach() - self.slots[n].tensor.detach().float()).cpu() for n, p in self.tensors.items()}
+
+
+def training_bytes(slots: Mapping[str, Slot], *, moments: int = 2) -> int:
+    """Bytes that training an overlay holds: float32 copies, their gradients, and the optimiser's moments (2 for Adam, 0 for SGD)."""
+    return 4 * (2 + moments) * sum(slot.tensor.numel() for slot in slots.values())

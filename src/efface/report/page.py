@@ -19,8 +19,8 @@ from efface.bench.result import Line, Result
 from efface.core.edit import Chain, Edit, LowRankEdit, WeightEdit
 from efface.core.errors import EffaceError
 from efface.core.evidence import Role, Score, Shot, Sighting
-from efface.report import figures, tables, wording
 from efface.core.whole import whole_file
+from efface.report import figures, tables, wording
 
 LARGEST = 320
 """Pixels of a picture in the page, at most."""
@@ -167,13 +167,20 @@ def bar(before: Score, after: Score) -> dict[str, Any]:
 def trained(edit: Edit) -> str:
     """How much the edit changes, in words."""
     if isinstance(edit, WeightEdit):
-        return f"{sum(delta.numel() for delta in edit.deltas.values()):,} parameters in {len(edit.deltas)} tensors"
+        return _changed(edit)
     if isinstance(edit, LowRankEdit):
         entries = sum(factor.numel() for pair in edit.factors.values() for factor in pair)
         return f"{entries:,} entries of low-rank factors for {len(edit.factors)} tensors"
     if isinstance(edit, Chain):
         return "; ".join(trained(part) for part in edit.edits)
     return f"no weights: {len(edit.names)} {edit.kind} hook{'s' if len(edit.names) != 1 else ''}"
+
+
+def _changed(edit: WeightEdit) -> str:
+    """The tensors of a weight edit; a factor that stands for several counts once, as it is stored."""
+    factors = [side for patch in edit.patches for side in (patch.factor.left, patch.factor.right) if side is not None]
+    entries = sum(tensor.numel() for tensor in (*edit.deltas.values(), *factors))
+    return f"{entries:,} {'stored numbers for' if factors else 'parameters in'} {len(edit.names)} tensors"
 
 
 def uri(image: Tensor) -> str:
@@ -194,7 +201,7 @@ def _guesses(shot: Shot) -> int:
 
 def _seen(sighting: Sighting, shot: Shot) -> str:
     """The detector's best guess, or in a pair its two best."""
-    if not sighting.labels:
+    if not sighting.determined:
         return "undetermined"
     return " + ".join(sighting.top(_guesses(shot))) or "nothing"
 

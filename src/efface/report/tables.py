@@ -16,7 +16,7 @@ HURT = 5
 def text(result: Result) -> str:
     """The verdict, the table with 95 % intervals, the most hurt concepts, and what was not measured."""
     parts = [f"{wording.headline(result)}.", ""]
-    parts += _aligned([HEADER, *_rows(result.lines)]) if result.lines else []
+    parts += _aligned([HEADER, *_rows((*result.lines, *result.quality))]) if result.lines else []
     parts += _aligned([("", "n", "distance", "of unrelated"), *_changes(result)]) if not result.lines else []
     worst = hurt(result)
     parts += [f"most hurt: {worst}"] if worst else []
@@ -32,7 +32,8 @@ def text(result: Result) -> str:
 
 def markdown(result: Result) -> str:
     """The table as Markdown, with its settings in a line under it."""
-    rows = [HEADER, *_rows(result.lines)] if result.lines else [("", "n", "distance", "of unrelated"), *_changes(result)]
+    moved = [("", "n", "distance", "of unrelated"), *_changes(result)]
+    rows = [HEADER, *_rows((*result.lines, *result.quality))] if result.lines else moved
     lines = ["| " + " | ".join(row) + " |" for row in rows]
     lines.insert(1, "|---" + "|---:" * (len(rows[0]) - 1) + "|")
     settings = result.settings

@@ -14,12 +14,16 @@ SHOWN = 0.5
 """Below which share of un-erased pictures that show the target no headline says that it was erased."""
 UNSURE = 0.2
 """From which share of un-erased pictures without the target, or of pictures of nothing, the verdict says so."""
+TENTHS = ("CLIP", "distance")
+"""Units that are told to a tenth."""
 
 
 def value(score: Score) -> str:
-    """ "98.3 %", "−1.4" (points, with a sign), "0.213"."""
+    """ "98.3 %", "−1.4" (points, with a sign), "24.1" (CLIP score), "0.213"."""
     if score.unit == "share":
         return f"{100 * score.value:.1f} %"
+    if score.unit in TENTHS:
+        return f"{score.value:.1f}"
     return signed(score.value) if score.unit == "points" else f"{score.value:.3f}"
 
 
@@ -29,7 +33,8 @@ def interval(score: Score) -> str:
         return f"{100 * score.low:.1f} to {100 * score.high:.1f}"
     if score.unit == "points":
         return f"{signed(score.low)} to {signed(score.high)}"
-    return f"{score.low:.3f} to {score.high:.3f}"
+    digits = 1 if score.unit in TENTHS else 3
+    return f"{score.low:.{digits}f} to {score.high:.{digits}f}"
 
 
 def signed(points: float) -> str:

@@ -1,28 +1,33 @@
 """The protocol of the main job: is the target gone, are its relatives and everything else still there, and what moved.
 
-    plan      prompts and seeds: the target in many forms, its neighbours, unrelated concepts, the target beside another
-    measure   draws them un-erased and erased from the same noise, has a detector look at both, and computes all scores
+    plan             prompts and seeds: the target in many forms, its neighbours, 30 unrelated concepts, the target beside another
+    measure          draws them un-erased and erased from the same noise, has a detector look at both, and computes all scores
+    measure_models   the same for two models, of which one was changed by whatever means
+    recompute        computes the scores again from what was seen, without drawing
 
 Every picture's raw detections are kept, so that any other k or threshold can be computed without drawing again.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from efface.bench import emoji, general
+from efface.bench.draw import UNJUDGED, Drawing, Judges, draw
 from efface.bench.plan import Plan, numbered
-from efface.bench.questions import OTHERS, QUESTIONS, TITLES
+from efface.bench.questions import OTHERS, QUALITY, QUESTIONS, TITLES, Question
 from efface.bench.result import Change, ConceptLine, Line, Pictures, Result, Settings
-from efface.concepts.vocabulary import Vocabulary
-from efface.core.card import versions
+from efface.bench.store import Store
+from efface.concepts.vocabulary import Vocabulary, read
+from efface.core.card import Match, versions
 from efface.core.edit import Edit
-from efface.core.evidence import Detector, Samples, Score, Shot, Sighting, check_determined
+from efface.core.errors import Undetermined
+from efface.core.evidence import Detector, Embedder, Samples, Score
 from efface.core.method import Report, silent
 from efface.core.model import Model
 from efface.core.sampling import seeded
@@ -30,10 +35,10 @@ from efface.core.task import Task
 from efface.evals.metrics.psr import PSR
 from efface.ops.intervals import bootstrap, number
 
-BATCH = 64
-"""Pictures drawn at once: two cores reach their full speed from 64 samples in a batch on."""
 STEPS = 20
 """Of the sampler, for the bundled model."""
+BUNDLED = "emoji"
+"""The model whose words and judge are known."""
 
 
 def plan(task: Task, *, size: str = "quick", world: Vocabulary | None = None, seed: int = 0) -> Plan:
@@ -41,7 +46,7 @@ def plan(task: Task, *, size: str = "quick", world: Vocabulary | None = None, se
 
     Args:
         task: what was erased, and what was to be kept.
-        size: "quick" (some 220 prompts of the bundled world, for a demonstration) or "full" (some 540, for claims).
+        size: "quick" (some 200 prompts of the bundled world, for a demonstration) or "full" (some 540, for claims).
         world: the words that the model knows, for the bundled model; None for any other model.
         seed: of the choice of prompts and of every picture's noise.
 
@@ -54,71 +59,149 @@ def plan(task: Task, *, size: str = "quick", world: Vocabulary | None = None, se
     return Plan(f"erasure/{world.name}/{size}", numbered(shots, seed), seed, STEPS, None, tuple(left_out))
 
 
+def setup(model: str, task: Task, *, size: str = "quick", seed: int = 0) -> tuple[Plan, Judges]:
+    """What to draw with the model of an id, and who looks: the bundled model has its world's words, judge and CLIP, others none.
+
+    Raises as `plan`, and FileNotFoundError where the bundled weights are missing."""
+    if model != BUNDLED:
+        return plan(task, size=size, seed=seed), Judges()
+    from efface.evals.detectors.emoji import EmojiJudge
+    from efface.evals.detectors.emoji_clip import EmojiClip
+
+    return plan(task, size=size, world=read(BUNDLED), seed=seed), Judges(EmojiJudge.load(), EmojiClip.load())
+
+
 def measure(
-    model: Model, edit: Edit, task: Task, *, plan: Plan, detector: Detector | None = None, report: Report = silent, check: bool = True
+    model: Model,
+    edit: Edit,
+    task: Task,
+    *,
+    plan: Plan,
+    detector: Detector | None = None,
+    embedder: Embedder | None = None,
+    report: Report = silent,
+    check: bool = True,
+    match: Match = "exact",
+    store: Store | None = None,
+    before: Drawing | None = None,
 ) -> Result:
     """Draws the plan's pictures with and without the edit, from the same noise, and measures what changed.
 
     Args:
         detector: says what stands in a picture; None leaves pictures and their change only, and says so.
+        embedder: puts pictures and prompts into one space, for CLIP score and Fréchet distance.
         report: called with the pictures drawn so far and in all.
-        check: as in `Edit.attach`; False is for controls that change nothing.
+        check, match: as in `Edit.attach`; check=False is for controls that change nothing.
+        store: keeps every batch, and gives those that an interrupted run of the same measurement kept.
+        before: what the un-erased model drew for this very plan with these judges; drawn here where it is not given.
 
     Raises Undetermined when the detector fails on too many pictures, Unsupported when it lacks a label, and what `attach` raises."""
-    if detector is not None:
-        for kind in sorted({shot.kind for shot in plan.shots}):
-            detector.require(sorted(_asked(plan, kind)), kind)
-    spent, started = model.meter.read(), time.perf_counter()
-    total = 2 * len(plan.shots)
-    before = draw(model, plan, detector, lambda done: report(done, total, {}))
-    with edit.attach(model, check=check):
-        after = draw(model, plan, detector, lambda done: report(total // 2 + done, total, {}))
-    now = model.meter.read()
-    cost = {name: now[name] - spent[name] for name in ("forwards", "calls")} | {"seconds": round(time.perf_counter() - started, 3)}
+    judges, half = Judges(detector, embedder), len(plan.shots)
+    judges.require(plan)
+    first = before or draw(model, plan, judges, _told(report, 0, 2 * half), store=store)
+    settings = _settings(model, plan, judges)
+    with edit.attach(model, match=match, check=check):
+        second = draw(model, plan, judges, _told(report, half, 2 * half), store=store, side="after")
+    return _result(model.id, edit.card.method, task, settings, plan, judges, first, second)
+
+
+def measure_models(
+    original: Model,
+    changed: Model,
+    task: Task,
+    *,
+    plan: Plan,
+    judges: Judges = UNJUDGED,
+    report: Report = silent,
+    store: Store | None = None,
+) -> Result:
+    """The same for two models: an original, and one that was changed by whatever means, such as somebody else's erased weights.
+
+    Raises as `measure`."""
+    judges.require(plan)
+    half = len(plan.shots)
+    first = draw(original, plan, judges, _told(report, 0, 2 * half), store=store)
+    second = draw(changed, plan, judges, _told(report, half, 2 * half), store=store, side="after")
+    settings = _settings(original, plan, judges)
+    return _result(original.id, f"the weights of {changed.id}", task, settings, plan, judges, first, second)
+
+
+def recompute(result: Result, *, threshold: float | None = None) -> Result:
+    """The scores of a result, computed again from the raw detections that it holds; nothing is drawn.
+
+    Without arguments they are those of the result itself. What needs the pictures (their change) or their features (the Fréchet
+    distance) is taken over as it is.
+
+    Args:
+        threshold: the score from which on a label counts as seen, in place of the detector's own; 0 to 1.
+
+    Raises ValueError for a result without detections, or a threshold out of range."""
+    if not result.before.sightings:
+        raise ValueError("the result holds no detections, since no detector looked; measure again with one")
+    if threshold is not None and not 0 <= threshold <= 1:
+        raise ValueError(f"threshold was {threshold}; expected a score from 0 to 1")
+    before, after = (_cut(side, threshold) for side in (result.before, result.after))
+    seed = result.settings.seed
+    kept = [line for line in result.quality if line.key not in _CLIP]
+    again = _answers([q for q in QUALITY if q.key in _CLIP], before, after, seed) if before.agreement else []
+    lines, concepts = scores(before, after, seed=seed), by_concept(before, after, Task.parse(result.task), seed=seed)
+    return replace(result, lines=tuple(lines), concepts=tuple(concepts), quality=(*kept, *again), before=before, after=after)
+
+
+_CLIP = ("unrelated.clip", "target.clip")
+
+
+def _cut(samples: Samples, threshold: float | None) -> Samples:
+    if threshold is None:
+        return samples
+    return replace(samples, sightings=tuple(replace(s, threshold=threshold) for s in samples.sightings))
+
+
+def _told(report: Report, start: int, total: int) -> Callable[[int], None]:
+    return lambda done: report(start + done, total, {})
+
+
+def _result(model: str, method: str, task: Task, settings: Settings, plan: Plan, judges: Judges, first: Drawing, second: Drawing) -> Result:
+    before, after = first.samples, second.samples
+    lines = scores(before, after, seed=plan.seed) if judges.detector else []
     return Result(
-        model=model.id,
-        method=edit.card.method,
+        model=model,
+        method=method,
         task=str(task),
-        settings=_settings(model, plan, detector),
-        lines=tuple(scores(before, after, seed=plan.seed)) if detector else (),
-        concepts=tuple(by_concept(before, after, task, seed=plan.seed)) if detector else (),
+        settings=settings,
+        lines=tuple(lines),
+        concepts=tuple(by_concept(before, after, task, seed=plan.seed)) if judges.detector else (),
         changes=tuple(changes(before, after, seed=plan.seed)),
-        unmeasured=(*_unmeasured(plan, detector), *plan.unmeasured),
-        before=Samples(before.shots, before.sightings),
-        after=Samples(after.shots, after.sightings),
-        cost=cost,
+        unmeasured=(*_unmeasured(plan, judges, lines), *plan.unmeasured),
+        before=_seen(before),
+        after=_seen(after),
+        cost={name: round(first.cost[name] + second.cost[name], 3) for name in first.cost},
         pictures=_pictures(before, after, plan.shown()),
+        quality=tuple(_answers(QUALITY, before, after, plan.seed)) if judges.embedder else (),
     )
 
 
-def draw(model: Model, plan: Plan, detector: Detector | None = None, done: Callable[[int], None] = lambda done: None) -> Samples:
-    """Draws and judges the plan's pictures with the model as it stands. Raises Undetermined."""
-    images, sightings = [], []
-    for start in range(0, len(plan.shots), BATCH):
-        shots = plan.shots[start : start + BATCH]
-        seeds = [shot.seed for shot in shots]
-        drawn = model.sample([s.prompt for s in shots], seeds=seeds, steps=plan.steps, guidance=plan.guidance, batch=BATCH)
-        sightings += look(detector, drawn, shots) if detector else []
-        images.append((drawn.nan_to_num() * 255).round().to(torch.uint8))
-        done(start + len(shots))
-    check_determined(sightings)
-    return Samples(plan.shots, tuple(sightings), torch.cat(images))
-
-
-def look(detector: Detector, images: Tensor, shots: tuple[Shot, ...]) -> list[Sighting]:
-    """One sighting for each image, each looked at for the kind of concept that its prompt asks for."""
-    found: dict[int, Sighting] = {}
-    for kind in {shot.kind for shot in shots}:
-        rows = [i for i, shot in enumerate(shots) if shot.kind == kind]
-        found |= dict(zip(rows, detector.look(images[rows], kind), strict=True))
-    return [found[i] for i in range(len(shots))]
+def _seen(samples: Samples) -> Samples:
+    """Without pictures and features, which are too large to keep."""
+    return replace(samples, images=None, features=None)
 
 
 def scores(before: Samples, after: Samples, *, seed: int = 0) -> list[Line]:
     """Every question whose roles occur, answered."""
-    roles = {shot.role for shot in before.shots}
-    asked = [q for q in QUESTIONS if roles & set(q.roles)]
-    return [Line(q.key, q.title, q.explanation, q.metric.measure(before, after, seed=seed), q.headline) for q in asked]
+    return _answers(QUESTIONS, before, after, seed)
+
+
+def _answers(questions: Iterable[Question], before: Samples, after: Samples, seed: int) -> list[Line]:
+    roles, lines = {shot.role for shot in before.shots}, []
+    for q in questions:
+        if not roles & set(q.roles):
+            continue
+        try:
+            lines.append(Line(q.key, q.title, q.explanation, q.metric.measure(before, after, seed=seed), q.headline))
+        except Undetermined:
+            if not q.optional:
+                raise
+    return lines
 
 
 def by_concept(before: Samples, after: Samples, task: Task, *, seed: int = 0) -> list[ConceptLine]:
@@ -127,7 +210,7 @@ def by_concept(before: Samples, after: Samples, task: Task, *, seed: int = 0) ->
     lines = []
     for concept, role in dict.fromkeys((s.concept, s.role) for s in before.shots if s.role in OTHERS):
         rows = [i for i, s in enumerate(before.shots) if (s.concept, s.role) == (concept, role)]
-        contrast = PSR(1, roles=OTHERS, clusters="prompt").measure(_rows(before, rows), _rows(after, rows), seed=seed)
+        contrast = PSR(1, roles=OTHERS, clusters="prompt").measure(before.rows(rows), after.rows(rows), seed=seed)
         lines.append(ConceptLine(concept, role, concept.casefold() in kept, contrast))
     return sorted(lines, key=lambda line: (line.contrast.change.high, line.contrast.change.value))
 
@@ -139,7 +222,7 @@ def changes(before: Samples, after: Samples, *, seed: int = 0) -> list[Change]:
     found = []
     for role in dict.fromkeys(shot.role for shot in before.shots):
         rows = [i for i, shot in enumerate(before.shots) if shot.role == role]
-        old, new = before.images[rows].float() / 255, after.images[rows].float() / 255
+        old, new = before.images[rows], after.images[rows]
         prompts = number([before.shots[i].prompt for i in rows])
         found.append(Change(role, _distance(TITLES[role], old, new, prompts, seed), float(_rms(old, old.roll(1, 0)).mean())))
     return found
@@ -152,20 +235,11 @@ def _distance(name: str, old: Tensor, new: Tensor, clusters: Tensor, seed: int) 
 
 
 def _rms(a: Tensor, b: Tensor) -> Tensor:
-    """(b,): root mean square over channels and pixels."""
-    return (a - b).square().mean(dim=(1, 2, 3)).sqrt()
+    """(b,): root mean square over channels and pixels of pictures in [0, 1], from uint8; one at a time, since large ones fill memory."""
+    return torch.tensor([float((x.double() - y).square().mean().sqrt()) / 255 for x, y in zip(a, b, strict=True)])
 
 
-def _rows(samples: Samples, rows: list[int]) -> Samples:
-    return Samples(tuple(samples.shots[i] for i in rows), tuple(samples.sightings[i] for i in rows))
-
-
-def _asked(plan: Plan, kind: str) -> set[str]:
-    shots = [shot for shot in plan.shots if shot.kind == kind]
-    return {label for shot in shots for label in (*shot.labels, *([shot.partner] if shot.partner else []))}
-
-
-def _settings(model: Model, plan: Plan, detector: Detector | None) -> Settings:
+def _settings(model: Model, plan: Plan, judges: Judges) -> Settings:
     seeds = [shot.seed for shot in plan.shots]
     return Settings(
         protocol=plan.name,
@@ -177,7 +251,8 @@ def _settings(model: Model, plan: Plan, detector: Detector | None) -> Settings:
         sampler=model.sampler,
         steps=model.default_steps if plan.steps is None else plan.steps,
         guidance=model.default_guidance if plan.guidance is None else plan.guidance,
-        detector=None if detector is None else _described(detector, plan),
+        detector=None if judges.detector is None else _described(judges.detector, plan),
+        embedder=None if judges.embedder is None else {"name": judges.embedder.name, "version": judges.embedder.version},
         versions=versions(),
     )
 
@@ -187,10 +262,14 @@ def _described(detector: Detector, plan: Plan) -> dict[str, Any]:
     return {"name": detector.name, "version": detector.version, "thresholds": thresholds}
 
 
-def _unmeasured(plan: Plan, detector: Detector | None) -> list[str]:
+def _unmeasured(plan: Plan, judges: Judges, lines: list[Line]) -> list[str]:
     missing = [f"No prompt shows {TITLES[role]}." for role in ("neighbour", "pair") if role not in plan.roles]
-    if detector is None:
+    if judges.detector is None:
         missing.insert(0, "Whether the concept is gone and the others are still there: no detector looked, so judge the pictures by eye.")
+    elif not any(line.key == "target.relative-ESR-1" for line in lines):
+        missing.append("Relative ESR: the un-erased model itself drew the concept in no picture.")
+    if judges.embedder is None:
+        missing.append("CLIP score and Fréchet distance: no embedder looked.")
     return [*missing, "Whether an attack brings the concept back."]
 
 

@@ -29,6 +29,6 @@ class Blank(Metric):
     def measure(self, before: Samples, after: Samples, *, seed: int = 0) -> Contrast:
         """The share on both and its difference, clustered by prompt; no relative drop."""
         rows = paired(before, after, lambda shot: shot.role in self.roles)
-        first = [None if not b.labels else not b.top(1, self.threshold) for _, b, _ in rows]
-        second = [None if not a.labels else not a.top(1, self.threshold) for _, _, a in rows]
+        first = [not b.top(1, self.threshold) if b.determined else None for _, b, _ in rows]
+        second = [not a.top(1, self.threshold) if a.determined else None for _, _, a in rows]
         return Contrast.shares(self.name, first, second, [shot.prompt for shot, _, _ in rows], "lower", seed=seed)

@@ -1,0 +1,155 @@
+"""Does harmless fine-tuning bring an erased concept back? All arms of Modular LoRA's experiment (arXiv 2412.00357) on the bundled model.
+
+    python benchmarks/reemergence.py --out runs/reemergence                            # panda, seeds 0 1 2
+    python benchmarks/reemergence.py --out runs/reemergence --concept "santa claus" --seeds 0 --steps 150
+
+Writes `seed-N.json` as each seed is done (a run that was stopped goes on behind them), `reemergence.json`, `reemergence.md` (a table) and
+`reemergence.svg`. The harmless pictures are the model's own, recoloured into a style that it has never seen; no art is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from efface.bench.plan import Plan
+from efface.bench.protocols import erasure, reemergence
+from efface.bench.protocols.reemergence import Course, Outcome
+from efface.concepts import resolve
+from efface.concepts.vocabulary import read
+from efface.core import catalog
+from efface.core.card import versions
+from efface.core.task import Task
+from efface.evals.detectors.emoji import EmojiJudge
+from efface.models import load
+
+ROLES = ("target", "neighbour", "unrelated")
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--concept", default="panda")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="of the erasures, the fine-tunings and the pictures")
+    parser.add_argument("--safety", default="modular_lora")
+    parser.add_argument("--whole", default="esd(group='full')", help="what erases the weights themselves")
+    parser.add_argument("--steps", type=int, default=300, help="of each fine-tuning")
+    parser.add_argument("--lr", type=float, default=1e-4, help="of the fine-tuning LoRAs; the model's lr_scale multiplies it")
+    parser.add_argument("--full-lr", type=float, default=1e-5, help="of full fine-tuning; the model's lr_scale multiplies it")
+    parser.add_argument("--pictures", type=int, default=96, help="harmless pictures")
+    parser.add_argument("--style", default="blueprint", choices=sorted(reemergence.INKS))
+    parser.add_argument("--size", default="quick", choices=["quick", "full"])
+    parser.add_argument("--shots", type=int, help="prompts of each role, for a quick try; all of the size's by default")
+    return parser.parse_args()
+
+
+def planned(task: Task, size: str, seed: int, shots: int | None) -> Plan:
+    """The erasure protocol's prompts, without the pairs; of each role the first `shots`."""
+    plan = erasure.plan(task, size=size, world=read(), seed=seed)
+    if shots is not None:
+        plan = dataclasses.replace(plan, shots=tuple(plan.shots[i] for i in plan.shown(shots)))
+    return dataclasses.replace(plan, shots=tuple(shot for shot in plan.shots if shot.role in ROLES))
+
+
+def run(args: argparse.Namespace, seed: int) -> dict[str, Any]:
+    """One seed of the whole experiment."""
+    model, detector, started = load("emoji"), EmojiJudge.load(), time.perf_counter()
+    task = Task.of(args.concept, resolve=resolve)
+    kind = task.targets[0].kind
+    images, captions, harm = reemergence.pastime(model, task, read(), detector=detector, count=args.pictures, style=args.style, seed=seed)
+    course = Course(images, captions, unseen=max(1, len(images) // 8), steps=args.steps, lr=args.lr, full_lr=args.full_lr, harm=harm)
+    safety, whole = (catalog.method(text, kind=kind) for text in (args.safety, args.whole))
+    say = lambda line: sys.stderr.write(f"[{time.perf_counter() - started:6.0f} s] seed {seed}: {line}\n")  # noqa: E731
+    trained = reemergence.arms(model, task, safety=safety, whole=whole, course=course, seed=seed, log=say)
+    plan = planned(task, args.size, seed, args.shots)
+    outcomes = reemergence.measure(model, trained, plan, detector, course, log=say)
+    return {
+        "outcomes": [dataclasses.asdict(outcome) for outcome in outcomes],
+        "settings": {
+            "task": str(task), "safety": str(safety), "whole": str(whole), "seed": seed, "steps": course.steps, "batch": course.batch,
+            "rank": course.rank, "lr": course.lr, "full_lr": course.full_lr, "style": args.style, "pictures": len(images),
+            "target seen among the harmless pictures before they were left out": harm, "plan": plan.name, "prompts": plan.digest,
+            "detector": f"{detector.name} {detector.version}", "sampler": model.sampler, "model": model.id, "versions": versions(),
+            "seconds": round(time.perf_counter() - started, 1),
+        },
+    }  # fmt: skip
+
+
+def outcome(data: dict[str, Any]) -> Outcome:
+    return Outcome(**{**data, **{name: tuple(data[name]) for name in ("seen", "others", "prompts")}})
+
+
+def percent(ends: dict[str, float] | None) -> str:
+    return "" if ends is None else f"{100 * ends['value']:.1f} [{100 * ends['low']:.1f}, {100 * ends['high']:.1f}]"
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown."""
+    head = "| arm | target seen, % | since its erasure, points | recovery | others seen, % | loss on unseen pictures | cosine |"
+    lines = [head, "| --- | ---: | ---: | ---: | ---: | ---: | ---: |"]
+    for row in rows:
+        recovery = "" if row["recovery"] is None else f"{row['recovery']:.2f}"
+        cosine = "" if row["cosine"] is None else f"{row['cosine']:+.3f}"
+        lines.append(
+            f"| {row['title']} | {percent(row['target'])} | {percent(row['rise'])} | {recovery} | {percent(row['others'])} "
+            f"| {row['unseen_loss']:.4f} | {cosine} |"
+        )
+    return "\n".join(lines)
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> None:
+    """Left: the share of target prompts in which the concept is seen, with its interval. Right: cosines, a dot for each map."""
+    from matplotlib.backends.backend_svg import FigureCanvasSVG
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 0.42 * len(rows) + 1.2), layout="constrained")
+    FigureCanvasSVG(figure)
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    for place, row in enumerate(rows):
+        value, low, high = (100 * row["target"][name] for name in ("value", "low", "high"))
+        colour = {"modular": "tab:green", "base": "0.5", "ft": "0.5", "ft-lora": "0.5"}.get(row["key"], "tab:blue")
+        left.errorbar(value, place, xerr=[[value - low], [high - value]], fmt="o", color=colour, capsize=3)
+        dots = list(row["cosines"].values())
+        right.plot(dots, [place] * len(dots), "o", color=colour, alpha=0.35, markersize=4)
+        if dots:
+            right.plot(row["cosine"], place, "|", color="black", markersize=14)
+    left.set_yticks(range(len(rows)), [row["title"] for row in rows])
+    left.invert_yaxis()
+    left.set_xlim(0, 100)
+    left.set_xlabel("target prompts in whose picture the judge sees the concept, %")
+    right.axvline(0, color="0.7", linewidth=0.8)
+    right.set_xlabel("cosine of the two changes, a dot for each map")
+    figure.savefig(path, metadata={"Date": None})
+
+
+def main() -> None:
+    args = arguments()
+    args.out.mkdir(parents=True, exist_ok=True)
+    for seed in args.seeds:
+        path = args.out / f"seed-{seed}.json"
+        if not path.exists():
+            made = json.dumps(run(args, seed), indent=1)
+            path.write_text(made, encoding="utf-8")
+    runs = [json.loads((args.out / f"seed-{seed}.json").read_text(encoding="utf-8")) for seed in args.seeds]
+    compared = [
+        {k: v for k, v in r["settings"].items() if k in ("task", "safety", "whole", "steps", "lr", "full_lr", "style", "detector")}
+        for r in runs
+    ]
+    if any(settings != compared[0] for settings in compared):
+        raise SystemExit(f"the seeds in {args.out} were run with different settings; give another folder, or remove them")
+    rows = reemergence.report(reemergence.pool([[outcome(o) for o in r["outcomes"]] for r in runs]))
+    (args.out / "reemergence.json").write_text(
+        json.dumps({"rows": rows, "settings": [r["settings"] for r in runs]}, indent=1), encoding="utf-8"
+    )
+    (args.out / "reemergence.md").write_text(table(rows) + "\n", encoding="utf-8")
+    plot(rows, args.out / "reemergence.svg")
+    sys.stdout.write(table(rows) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,207 @@
+"""Runs trials one after another, and keeps each as one JSON line: a sweep that was killed loses the trial in flight and nothing else.
+
+    FOLDER/trials.jsonl       one record a line: the trial, its cost, its scores and every raw detection, or its error
+    FOLDER/edits/HASH.safetensors     the edit, so that an attack or another measurement can meet the very same one
+    FOLDER/fitting/           the checkpoint of the fit in flight
+
+A trial whose hash stands in the file is never run again. A trial that fails for a reason that efface names (a method that does not
+support the model, a loss that is not finite) is recorded with it. Records that rest on other weights, prompts or judges than those
+at hand are refused rather than mixed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from efface.bench.draw import Drawing, Judges, draw
+from efface.bench.log import FORMAT, VERSION, Log
+from efface.bench.plan import Plan
+from efface.bench.protocols import erasure
+from efface.bench.result import Result
+from efface.bench.trial import Trial
+from efface.core import catalog
+from efface.core.card import Fingerprint
+from efface.core.edit import Edit
+from efface.core.errors import EffaceError
+from efface.core.method import Resources
+from efface.core.model import Model
+from efface.core.task import Task
+
+RECORDS = "trials.jsonl"
+KEPT = 4
+"""Un-erased drawings that are kept in memory, since many trials share one."""
+LARGEST = 64 * 2**20
+"""Bytes of pictures of one that is kept."""
+
+
+@dataclass(frozen=True)
+class News:
+    """What is going on, for whoever watches."""
+
+    trial: Trial
+    number: int
+    """From 1."""
+    total: int
+    stage: str
+    """ "fit", "draw" or "done"."""
+    step: int = 0
+    steps: int = 0
+    record: Mapping[str, Any] | None = None
+    """With "done"."""
+    result: Result | None = None
+    """With "done", and with pictures; None where the trial failed."""
+
+
+Setup = Callable[[str, Task, str], tuple[Plan, Judges]]
+
+
+def setup(model: str, task: Task, images: str) -> tuple[Plan, Judges]:
+    """What the protocol draws, and who judges."""
+    return erasure.setup(model, task, size=images)
+
+
+def run(
+    trials: Sequence[Trial],
+    folder: Path,
+    *,
+    load: Callable[[str], Model],
+    setup: Setup = setup,
+    watch: Callable[[News], None] = lambda news: None,
+    retry: bool = False,
+) -> list[dict[str, Any]]:
+    """Runs those trials that have no record yet, and returns the records of all, in their order.
+
+    Args:
+        folder: where records and edits are kept.
+        load: a model from its name; called once for each name in a row.
+        setup: the plan and the judges of a model, a task and a size.
+        watch: called at every step, and after every trial.
+        retry: whether failed trials are run again.
+
+    Raises EffaceError where the folder holds records on other weights, prompts or judges; and whatever is a bug."""
+    log = Log(folder / RECORDS)
+    done = {record["hash"]: record for record in log.read() if not (retry and "error" in record)}
+    pending = [trial for trial in trials if trial.hash not in done]
+    bench = _Bench(folder, load, setup)
+    for number, trial in enumerate(pending, 1):
+
+        def tell(stage: str, step: int, steps: int, trial: Trial = trial, number: int = number) -> None:
+            watch(News(trial, number, len(pending), stage, step, steps))
+
+        bench.check(trial, done.values())
+        record, result = bench.record(trial, tell)
+        log.append(record)
+        done[trial.hash] = record
+        watch(News(trial, number, len(pending), "done", record=record, result=result))
+    return [done[trial.hash] for trial in trials]
+
+
+class _Bench:
+    """What trials share: the model at hand, its fingerprint, and what it draws un-erased."""
+
+    def __init__(self, folder: Path, load: Callable[[str], Model], setup: Setup) -> None:
+        self.folder, self._load, self._setup = folder, load, setup
+        self.name = ""
+        self.drawings: dict[str, Drawing] = {}
+
+    def check(self, trial: Trial, records: Iterable[Mapping[str, Any]]) -> None:
+        """Opens the model, and raises EffaceError where a record of the same name rests on something else."""
+        if trial.model != self.name:
+            self.drawings.clear()
+            self.model, self.name = self._load(trial.model), trial.model
+            self.fingerprint = Fingerprint.of(self.model)
+        self.task = Task.parse(trial.task)
+        self.plan, self.judges = self._setup(trial.model, self.task, trial.images)
+        ground = self._ground(trial)
+        for record in records:
+            differs = [name for name in _shared(record["trial"], trial) if record["ground"][name] != ground[name]]
+            if differs:
+                name, then, now = differs[0], record["ground"][differs[0]], ground[differs[0]]
+                raise EffaceError(
+                    f"{self.folder / RECORDS} holds a record ({record['hash']}) on another {name} ({then}) than is at hand ({now}); "
+                    "give another folder, or move the old one away"
+                )
+
+    def record(self, trial: Trial, tell: Callable[[str, int, int], None]) -> tuple[dict[str, Any], Result | None]:
+        """Fits and measures one trial. What efface raises on purpose is recorded and not raised."""
+        head = {
+            "format": FORMAT,
+            "version": VERSION,
+            "hash": trial.hash,
+            "trial": dataclasses.asdict(trial),
+            "made": datetime.now(UTC).isoformat(timespec="seconds"),
+            "ground": self._ground(trial),
+        }
+        try:
+            edit = self._fit(trial, tell)
+            result = self._measure(edit, tell)
+        except EffaceError as error:
+            return {**head, "error": {"type": type(error).__name__, "message": " ".join(str(error).split())}}, None
+        saved = edit.save(self.folder / "edits" / f"{trial.hash}.safetensors")
+        about = {"kind": edit.kind, "threat": edit.threat, "bytes": saved.stat().st_size, "fields": _fields(trial.method)}
+        return {**head, "edit": about, "cost": dict(edit.card.cost), "result": result.json()}, result
+
+    def _fit(self, trial: Trial, tell: Callable[[str, int, int], None]) -> Edit:
+        method = catalog.method(trial.method)
+        method.require(self.model, self.task)
+        checkpoint = self.folder / "fitting" / f"{trial.hash}.safetensors"
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        resources = Resources(report=lambda step, steps, figures: tell("fit", step, steps), checkpoint=checkpoint)
+        return method.fit(self.model, self.task, seed=trial.seed, resources=resources)
+
+    def _measure(self, edit: Edit, tell: Callable[[str, int, int], None]) -> Result:
+        before = self._before(tell)
+        return erasure.measure(
+            self.model,
+            edit,
+            self.task,
+            plan=self.plan,
+            detector=self.judges.detector,
+            embedder=self.judges.embedder,
+            report=lambda step, steps, figures: tell("draw", step, steps),
+            before=before,
+        )
+
+    def _before(self, tell: Callable[[str, int, int], None]) -> Drawing:
+        """What the un-erased model draws, from memory where another trial drew the same."""
+        key = f"{self.plan.name}/{self.plan.digest}/{self.plan.steps}/{self.plan.guidance}"
+        if key in self.drawings:
+            return self.drawings[key]
+        total = 2 * len(self.plan.shots)
+        self.judges.require(self.plan)
+        drawing = draw(self.model, self.plan, self.judges, lambda done: tell("draw", done, total))
+        images = drawing.samples.images
+        if images is not None and images.numel() <= LARGEST:
+            self.drawings[key] = drawing
+            for old in list(self.drawings)[:-KEPT]:
+                del self.drawings[old]
+        return drawing
+
+    def _ground(self, trial: Trial) -> dict[str, str]:
+        """What a record rests on beside its trial."""
+        detector, embedder = self.judges.detector, self.judges.embedder
+        return {
+            "weights": f"{self.fingerprint.digest}/{self.fingerprint.dtype}",
+            "prompts": self.plan.digest,
+            "detector": f"{detector.name} {detector.version}" if detector else "none",
+            "embedder": f"{embedder.name} {embedder.version}" if embedder else "none",
+        }
+
+
+def _shared(other: Mapping[str, Any], trial: Trial) -> tuple[str, ...]:
+    """What two trials must have in common: of one model the weights and judges, of one task and protocol the prompts as well."""
+    if other["model"] != trial.model:
+        return ()
+    same = all(other[name] == getattr(trial, name) for name in ("task", "protocol", "images"))
+    return ("weights", "detector", "embedder", *(("prompts",) if same else ()))
+
+
+def _fields(text: str) -> dict[str, Any]:
+    """Every hyperparameter, the defaults as well: so that a record outlives a change of the defaults."""
+    built = catalog.method(text)
+    return {f.name: getattr(built, f.name) for f in dataclasses.fields(built)}  # type: ignore[arg-type]

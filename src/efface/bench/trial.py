@@ -1,0 +1,160 @@
+"""A trial: one experiment as a frozen value with a stable hash, and grids of them from TOML.
+
+    model = "emoji"                    # optional, as are the next two
+    protocol = "erasure"
+    images = "full"
+
+    [[grid]]
+    tasks = "standard"                 # the four standard erasures, or a list of tasks
+    methods = ["ap", "esd(steps=100)"]
+    seeds = [0, 1, 2]
+
+    [[compare]]                        # optional: is `first` no worse than `second`?
+    first = "ap"
+    second = "ap(preset='authors')"
+    margin = 0.03
+
+Trials come in the order of seeds, then tasks, then methods, so that an unfinished sweep already compares all methods.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from efface.bench.emoji import SIZES
+from efface.concepts import resolve
+from efface.concepts.standard import standard
+from efface.core import catalog
+from efface.core.errors import EffaceError, suggest
+from efface.core.task import Task
+
+PROTOCOLS = ("erasure",)
+STANDARD = "standard"
+MARGIN = 0.03
+COMPARED = ("target.ESR-1", "others.PSR-1")
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One experiment: everything that its outcome is meant to depend on, in one form only. Made by `of`."""
+
+    model: str
+    method: str
+    """The text form with every field that is not the default, whatever preset it came from."""
+    task: str
+    seed: int = 0
+    """Of the fit; the prompts and their noise are the protocol's own, the same for all."""
+    protocol: str = "erasure"
+    images: str = "quick"
+    label: str = field(default="", compare=False)
+    """The method as somebody wrote it, for tables; no part of the hash."""
+
+    @classmethod
+    def of(cls, model: str, method: str, task: str, seed: int = 0, protocol: str = "erasure", images: str = "quick") -> Trial:
+        """The trial in its one form, so that two spellings have one hash. Raises InvalidTask, InvalidMethod, EffaceError."""
+        if protocol not in PROTOCOLS:
+            raise EffaceError(f"there is no protocol {protocol!r}; {suggest(protocol, PROTOCOLS)}")
+        if images not in SIZES:
+            raise EffaceError(f"images was {images!r}; {suggest(images, SIZES)}")
+        if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
+            raise EffaceError(f"a seed was {seed!r}; expected an integer of at least 0")
+        asked = Task.of(task, resolve=resolve)
+        built = catalog.method(method, kind=asked.targets[0].kind)
+        return cls(model, str(built), str(asked), seed, protocol, images, " ".join(method.split()))
+
+    @property
+    def hash(self) -> str:
+        """16 hexadecimal digits of the SHA-256 of all fields but the label, as JSON with sorted keys: the same on every machine."""
+        values = {name: value for name, value in asdict(self).items() if name != "label"}
+        return hashlib.sha256(json.dumps(values, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
+
+    def __str__(self) -> str:
+        return f"{self.label or self.method} on {self.task}, seed {self.seed}"
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A question for the end of a sweep: is the first method no worse than the second by more than a margin?"""
+
+    first: str
+    """A label of the grid."""
+    second: str
+    margin: float = MARGIN
+    """As a share: 0.03 is three points."""
+    lines: tuple[str, ...] = COMPARED
+    """The keys of the lines that are compared."""
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """What a grid file says."""
+
+    trials: tuple[Trial, ...]
+    pairs: tuple[Pair, ...] = ()
+    title: str = ""
+
+
+def read(path: str | Path) -> Sweep:
+    """Reads a grid file. Raises EffaceError for what is no TOML, an unknown key or a missing one; and as `Trial.of`."""
+    path = Path(path)
+    try:
+        data = tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise EffaceError(f"cannot read the grid {path}: {error.strerror}") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise EffaceError(f"{path} is no TOML: {error}") from error
+    _known(data, ("title", "model", "protocol", "images", "grid", "compare"), f"{path}")
+    blocks = data.get("grid", [])
+    if not isinstance(blocks, list) or not blocks:
+        raise EffaceError(f"{path} has no [[grid]]; write one with tasks, methods and seeds")
+    common: dict[str, str] = {name: str(data[name]) for name in ("protocol", "images") if name in data}
+    trials = [trial for block in blocks for trial in _block(block, str(data.get("model", "emoji")), common, path)]
+    unique = list(dict.fromkeys(trials))
+    ordered = sorted(unique, key=lambda trial: trial.seed)
+    pairs = tuple(_pair(pair, {trial.label for trial in unique}, path) for pair in data.get("compare", []))
+    return Sweep(tuple(ordered), pairs, str(data.get("title", "")))
+
+
+def _block(block: Mapping[str, Any], model: str, common: Mapping[str, str], path: Path) -> list[Trial]:
+    where = f"{path}, [[grid]]"
+    _known(block, ("tasks", "methods", "seeds"), where)
+    for name in ("tasks", "methods"):
+        if name not in block:
+            raise EffaceError(f"{where} lacks {name!r}; write {name} = [...]")
+    tasks = [s.task for s in standard()] if block["tasks"] == STANDARD else _list(block, "tasks", where)
+    return [
+        Trial.of(model, method, task, seed, **common)
+        for seed in _list(block, "seeds", where, [0])
+        for task in tasks
+        for method in _list(block, "methods", where)
+    ]
+
+
+def _pair(pair: Mapping[str, Any], labels: set[str], path: Path) -> Pair:
+    where = f"{path}, [[compare]]"
+    _known(pair, tuple(f.name for f in fields(Pair)), where)
+    for name in ("first", "second"):
+        if pair.get(name) not in labels:
+            raise EffaceError(
+                f"{where} has {name} = {pair.get(name)!r}, which the grid does not run; {suggest(str(pair.get(name)), labels)}"
+            )
+    return Pair(**{**pair, "lines": tuple(pair.get("lines", COMPARED))})
+
+
+def _list(block: Mapping[str, Any], name: str, where: str, default: Sequence[Any] | None = None) -> Sequence[Any]:
+    found = block.get(name, default)
+    if not isinstance(found, list) or not found:
+        raise EffaceError(f"{where} has {name} = {found!r}; expected a list that is not empty")
+    return found
+
+
+def _known(data: Mapping[str, Any], known: Sequence[str], where: str) -> None:
+    for name in data:
+        if name not in known:
+            raise EffaceError(f"{where} has the unknown key {name!r}; {suggest(name, known)}")

@@ -1,0 +1,190 @@
+"""Real, tiny Stable Diffusion pipelines with random weights, for checks and tests: every part is diffusers' own, only small.
+
+8×8 latents, 64×64 images, 16 tokens, text width 32, a UNet of two levels (16 and 32 channels) with cross-attention in the first
+level and in the middle: 0.2 M parameters. A pipeline is built once for each choice of arguments and copied afterwards, which takes
+milliseconds. They draw noise: what they show is that a method keeps its contract, never that it erases.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+
+from efface.core.errors import InvalidModel, suggest
+from efface.models.quiet import quiet
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    from efface.models.sd import StableDiffusion
+
+Prediction = Literal["epsilon", "v_prediction"]
+TEXT = """
+a an the of on in and with photo image picture painting drawing beside background red blue green white black nudity naked woman man
+person king queen cat dog tiger lion leopard wolf fox puppy kitten animal bear horse apple banana cherry lemon fruit car bus truck taxi
+road church castle house parachute tench guitar trumpet violin garbage golf ball bomb dagger knife weapon santa claus clown princess
+van gogh picasso style
+"""
+WORDS = tuple(TEXT.split())
+"""What is a whole token by default; every other text is spelt out in bytes."""
+LENGTH = 16
+WIDTH = 32
+FAMILIES: dict[str, dict[str, Any]] = {
+    "sd1": {"prediction": "epsilon"},
+    "sd2": {"prediction": "v_prediction", "seed": 1, "linear": True},
+}
+"""The families that methods are checked on, and how each is built."""
+BARE = "without attention"
+"""A network without any attention, as no method that edits attention can use."""
+
+
+def model(family: str = "sd1", seed: int | None = None) -> StableDiffusion:
+    """A tiny model of a family of `FAMILIES`, or the one that is `BARE`; fresh at each call. Raises InvalidModel."""
+    with quiet():
+        from efface.models.sd import StableDiffusion
+
+    known = {**FAMILIES, BARE: {"attention": False}}
+    if family not in known:
+        raise InvalidModel(f"there is no tiny model of the family {family!r}; {suggest(family, known)}")
+    built = pipeline(**{**known[family], **({} if seed is None else {"seed": seed})})
+    return StableDiffusion(built, id=f"tiny {family}", default_steps=2, default_guidance=3.0)
+
+
+def pipeline(
+    prediction: Prediction = "epsilon",
+    seed: int = 0,
+    vocabulary: tuple[str, ...] = WORDS,
+    *,
+    linear: bool = False,
+    attention: bool = True,
+) -> StableDiffusionPipeline:
+    """A pipeline of one's own: change it freely. The weights are a function of `seed`; no global random state is touched.
+
+    linear: whether attention's projections are linear maps, as in Stable Diffusion 2, or 1×1 convolutions, as in 1."""
+    with quiet():
+        from diffusers import StableDiffusionPipeline
+
+    parts = copy.deepcopy(_parts(prediction, seed, tuple(vocabulary), linear, attention))
+    pipe = StableDiffusionPipeline(
+        **parts, tokenizer=tokenizer(tuple(vocabulary)), safety_checker=None, feature_extractor=None, requires_safety_checker=False
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def tokenizer(vocabulary: tuple[str, ...] = WORDS) -> CLIPTokenizer:
+    """CLIP's byte-level BPE, learned from `vocabulary` until each of its words is one token."""
+    from transformers import CLIPTokenizer
+
+    tokens, merges = _learned(vocabulary)
+    return CLIPTokenizer(vocab=dict(tokens), merges=list(merges), model_max_length=LENGTH)
+
+
+@cache
+def _learned(vocabulary: tuple[str, ...]) -> tuple[dict[str, int], list[tuple[str, ...]]]:
+    from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
+
+    words = sorted({word for text in vocabulary for word in text.lower().split()})
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
+    learner.normalizer = normalizers.Lowercase()
+    learner.pre_tokenizer = pre_tokenizers.Split(Regex(r"\s+"), behavior="removed")
+    options: dict[str, Any] = {"vocab_size": 50_000, "min_frequency": 1, "show_progress": False}
+    trainer = trainers.BpeTrainer(initial_alphabet=alphabet, end_of_word_suffix="</w>", **options)
+    learner.train_from_iterator(words, trainer)
+    learned = json.loads(learner.to_str())["model"]
+    tokens = [*alphabet, *(byte + "</w>" for byte in alphabet)]
+    tokens += [token for token in sorted(learned["vocab"], key=learned["vocab"].get) if token not in set(tokens)]
+    tokens += ["<|startoftext|>", "<|endoftext|>"]
+    return {token: i for i, token in enumerate(tokens)}, [tuple(pair) for pair in learned["merges"]]
+
+
+@cache
+def _parts(prediction: str, seed: int, vocabulary: tuple[str, ...], linear: bool, attention: bool) -> dict[str, Any]:
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return {
+            "text_encoder": text_encoder(tokenizer(vocabulary)),
+            "unet": unet(linear=linear, attention=attention),
+            "vae": vae(),
+            "scheduler": scheduler(prediction),
+        }
+
+
+def text_encoder(words: CLIPTokenizer) -> CLIPTextModel:
+    """A CLIP text encoder of two layers for a tokenizer."""
+    from transformers import CLIPTextConfig, CLIPTextModel
+
+    config = CLIPTextConfig(
+        vocab_size=len(words),
+        hidden_size=WIDTH,
+        intermediate_size=2 * WIDTH,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=LENGTH,
+        bos_token_id=words.bos_token_id,
+        eos_token_id=words.eos_token_id,
+        pad_token_id=words.pad_token_id,
+    )
+    encoder = CLIPTextModel(config).eval()
+    with torch.no_grad():  # CLIP's initial embeddings are so small that words would hardly differ after the layer norms
+        encoder.get_input_embeddings().weight.mul_(20)
+    return encoder
+
+
+def unet(*, linear: bool = False, attention: bool = True) -> UNet2DConditionModel:
+    """A UNet of two levels; without `attention` it never reads its text."""
+    from diffusers import UNet2DConditionModel
+
+    cross = "CrossAttn" if attention else ""
+    network = UNet2DConditionModel(
+        sample_size=8,
+        down_block_types=(f"{cross}DownBlock2D", "DownBlock2D"),
+        mid_block_type=f"UNetMidBlock2D{cross}",
+        up_block_types=("UpBlock2D", f"{cross}UpBlock2D"),
+        block_out_channels=(16, 32),
+        layers_per_block=1,
+        norm_num_groups=8,
+        attention_head_dim=2,
+        cross_attention_dim=WIDTH,
+        use_linear_projection=linear,
+    ).eval()
+    with torch.no_grad():  # so that the prompt matters as much as it does in a trained network
+        for name, parameter in network.named_parameters():
+            if "attn2" in name and name.endswith("weight"):
+                parameter.mul_(2)
+    return network
+
+
+def vae() -> AutoencoderKL:
+    """Images eight times as wide as the latents."""
+    from diffusers import AutoencoderKL
+
+    return AutoencoderKL(
+        block_out_channels=(8, 8, 8, 8),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        norm_num_groups=4,
+        latent_channels=4,
+        sample_size=64,
+    ).eval()
+
+
+def scheduler(prediction: str) -> DDIMScheduler:
+    """DDIM as Stable Diffusion 1.x configures it."""
+    from diffusers import DDIMScheduler
+
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+        prediction_type=prediction,
+    )

@@ -1,0 +1,221 @@
+"""The tables of a sweep as Markdown: what each method erased, what it kept, and what it cost, from the records of its trials.
+
+No number depends on which other methods stand in the table; what was not measured says so, and what failed says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
+
+from efface.bench.result import Result, Settings
+from efface.bench.summary import Pooled, compare, pooled
+from efface.bench.trial import Pair
+from efface.core.errors import EffaceError
+from efface.core.evidence import Comparison
+from efface.core.task import Task
+from efface.report import wording
+
+MISSING = "not measured"
+ERASURE = (
+    ("ESR-1", "target.ESR-1"),
+    ("ESR-5", "target.ESR-5"),
+    ("relative ESR-1", "target.relative-ESR-1"),
+    ("neighbours PSR-1", "neighbour.PSR-1"),
+    ("neighbours PSR-5", "neighbour.PSR-5"),
+    ("unrelated PSR-1", "unrelated.PSR-1"),
+    ("unrelated PSR-5", "unrelated.PSR-5"),
+)
+QUALITY = (("Fréchet, unrelated", "unrelated.frechet"), ("CLIP, unrelated", "unrelated.clip"), ("CLIP, target", "target.clip"))
+READING = """Every cell is the mean over fits of different seeds, with a 95 % interval: the mean of the fits' own intervals, widened to hold
+every fit. ESR-k: the share of pictures asking for the target in which it is not among the judge's k best guesses (higher is better
+erased). PSR-k: the share of other pictures in which what was asked for is (higher is better kept). Both are read against the un-erased
+model on the same noise. A style is one of seven, so that chance alone leaves it among the five best guesses five times in seven.
+Cost is that of a fit; bytes are those of the edit's file."""
+COMPARED = """Is the first no worse than the second by more than the margin? The same prompts and noise, all tasks and fits together; the
+interval is the widest of Newcombe's paired one and of bootstraps over prompts and over fits. “Not inferior”: the whole 95 % interval
+lies above minus the margin."""
+EMOJI = "This small bundled model shows that the algorithms are implemented; it says nothing about Stable Diffusion."
+COST = ("forwards", "backwards", "seconds", "bytes")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One method on one task."""
+
+    label: str
+    text: str
+    """The method with every field that is not the default."""
+    results: tuple[Result, ...]
+    seeds: tuple[int, ...]
+    costs: Mapping[str, float]
+    """Mean over fits."""
+    failures: tuple[str, ...] = ()
+
+
+def render(records: Sequence[Mapping[str, Any]], *, title: str = "", pairs: Sequence[Pair] = (), source: str = "") -> str:
+    """The whole page.
+
+    Args:
+        records: the lines of `trials.jsonl`, of one model and one protocol.
+        title: of the page.
+        pairs: comparisons to make, which say how many pictures they rest on.
+        source: the command that made the records.
+
+    Raises EffaceError for no records, records of different models or protocols, or a comparison that cannot be made."""
+    if not records:
+        raise EffaceError("there is no record to show; run the sweep first")
+    _alike(records)
+    tasks = list(dict.fromkeys(record["trial"]["task"] for record in records))
+    rows = {task: _rows(record for record in records if record["trial"]["task"] == task) for task in tasks}
+    parts = [f"# {title or 'Erasures compared'}", _about(records, source)]
+    for task in tasks:
+        parts += [f"## {_heading(task)}", _table(rows[task]), _quality(rows[task]), *_failed(rows[task])]
+    if pairs:
+        parts += ["## Compared", _compared(rows, pairs)]
+    parts += ["## The methods in full", "\n".join(f"- `{label}`: `{text}`" for label, text in _texts(rows))]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _rows(records: Iterable[Mapping[str, Any]]) -> list[Row]:
+    groups: dict[str, list[Mapping[str, Any]]] = {}
+    for record in records:
+        groups.setdefault(record["trial"]["method"], []).append(record)
+    return [_row(text, group) for text, group in groups.items()]
+
+
+def _row(text: str, group: Sequence[Mapping[str, Any]]) -> Row:
+    fine = [record for record in group if "error" not in record]
+    costs: dict[str, float] = {}
+    for name in COST:
+        values = [record["edit"]["bytes"] if name == "bytes" else record["cost"].get(name) for record in fine]
+        if values and None not in values:
+            costs[name] = fmean(values)
+    return Row(
+        group[0]["trial"]["label"] or text,
+        text,
+        tuple(Result.from_json(record["result"]) for record in fine),
+        tuple(record["trial"]["seed"] for record in fine),
+        costs,
+        tuple(f"seed {r['trial']['seed']}: {r['error']['type']}: {r['error']['message']}" for r in group if "error" in r),
+    )
+
+
+def _table(rows: Sequence[Row]) -> str:
+    """Erasure and preservation, the un-erased model on top."""
+    header = ["method", "fits", "n (target / neighbours / unrelated)", *(name for name, _ in ERASURE)]
+    first = next((row for row in rows if row.results), None)
+    lines = [] if first is None else [_before(first, [key for _, key in ERASURE], counts=True)]
+    for row in rows:
+        found = [pooled(row.results, key) for _, key in ERASURE]
+        lines.append([f"`{row.label}`", str(len(row.seeds)), _counts(row), *(_cell(value) for value in found)])
+    return _markdown(header, lines)
+
+
+def _quality(rows: Sequence[Row]) -> str:
+    """Quality and cost."""
+    header = ["method", *(name for name, _ in QUALITY), *COST]
+    first = next((row for row in rows if row.results), None)
+    lines = [] if first is None else [[*_before(first, [key for _, key in QUALITY]), *["" for _ in COST]]]
+    for row in rows:
+        cells = [_cell(pooled(row.results, key)) for _, key in QUALITY]
+        lines.append([f"`{row.label}`", *cells, *(_number(name, row.costs.get(name)) for name in COST)])
+    return _markdown(header, lines)
+
+
+def _before(row: Row, keys: Sequence[str], *, counts: bool = False) -> list[str]:
+    cells = []
+    for key in keys:
+        found = pooled(row.results[:1], key)
+        cells.append(MISSING if found is None else f"{wording.value(found.before)} [{wording.interval(found.before)}]")
+    return ["*un-erased*", *(["", _counts(row)] if counts else []), *cells]
+
+
+def _cell(found: Pooled | None) -> str:
+    return MISSING if found is None else f"{wording.value(found.after)} [{wording.interval(found.after)}]"
+
+
+def _counts(row: Row) -> str:
+    keys = ("target.ESR-1", "neighbour.PSR-1", "unrelated.PSR-1")
+    found = [pooled(row.results, key) for key in keys]
+    return " / ".join("–" if value is None else str(value.after.n) for value in found)
+
+
+def _number(name: str, value: float | None) -> str:
+    if value is None:
+        return MISSING
+    return f"{value:,.1f}" if name == "seconds" else f"{value:,.0f}"
+
+
+def _failed(rows: Sequence[Row]) -> list[str]:
+    failures = [f"- `{row.label}`, {text}" for row in rows for text in row.failures]
+    return ["Failed:\n" + "\n".join(failures)] if failures else []
+
+
+def _compared(rows: Mapping[str, Sequence[Row]], pairs: Sequence[Pair]) -> str:
+    header = ["first", "second", "measure", "n", "fits", "first", "second", "difference, points", "margin, points", "verdict"]
+    lines = [_comparison(rows, pair, key) for pair in pairs for key in pair.lines]
+    return f"{_markdown(header, lines)}\n\n{COMPARED}"
+
+
+def _comparison(rows: Mapping[str, Sequence[Row]], pair: Pair, key: str) -> list[str]:
+    first, second = (_results(rows, label) for label in (pair.first, pair.second))
+    if not first or not second:
+        return [f"`{pair.first}`", f"`{pair.second}`", key, *[MISSING] * 7]
+    found: Comparison = compare(first, second, key, pair.margin)
+    shown = [f"{wording.value(score)} [{wording.interval(score)}]" for score in (found.first, found.second, found.difference)]
+    margin = f"{100 * pair.margin:g}"
+    return [f"`{pair.first}`", f"`{pair.second}`", key, str(found.difference.n), str(len(first)), *shown, margin, found.verdict]
+
+
+def _results(rows: Mapping[str, Sequence[Row]], label: str) -> dict[tuple[str, int], Result]:
+    return {
+        (task, seed): result
+        for task, some in rows.items()
+        for row in some
+        if row.label == label
+        for seed, result in zip(row.seeds, row.results, strict=True)
+    }
+
+
+def _about(records: Sequence[Mapping[str, Any]], source: str) -> str:
+    """What the numbers rest on."""
+    trial, ground = records[0]["trial"], records[0]["ground"]
+    measured = next((Result.from_json(record["result"]).settings for record in records if "error" not in record), None)
+    judged = f"judged by {ground['detector']}, embedded by {ground['embedder']}"
+    head = f"Model `{trial['model']}` (weights {ground['weights']}), protocol `{trial['protocol']}`, images `{trial['images']}`, {judged}."
+    sampling = _sampling(measured) if measured else ""
+    sentences = [head, sampling, READING, EMOJI if trial["model"] == "emoji" else "", f"Made by `{source}`." if source else ""]
+    return "\n\n".join(sentence for sentence in sentences if sentence)
+
+
+def _sampling(settings: Settings) -> str:
+    return f"{settings.sampler}, {settings.steps} steps, guidance {settings.guidance:g}; prompts and noise are the same for all methods."
+
+
+def _alike(records: Sequence[Mapping[str, Any]]) -> None:
+    for name, plural in (("model", "models"), ("protocol", "protocols"), ("images", "sizes")):
+        found = sorted({record["trial"][name] for record in records})
+        if len(found) > 1:
+            raise EffaceError(f"the records are of different {plural} ({', '.join(found)}), which do not compare; render each alone")
+    for name in ("weights", "detector", "embedder"):
+        found = sorted({record["ground"][name] for record in records})
+        if len(found) > 1:
+            raise EffaceError(f"the records rest on different {name} ({', '.join(found)}), which do not compare; run the older ones again")
+
+
+def _heading(task: str) -> str:
+    target = Task.parse(task).targets[0]
+    return f"{target.kind}: {task}"
+
+
+def _texts(rows: Mapping[str, Sequence[Row]]) -> list[tuple[str, str]]:
+    """Labels and full texts, each once; a preset of the concept's kind can give one label several texts."""
+    return list(dict.fromkeys((row.label, row.text) for some in rows.values() for row in some))
+
+
+def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    rule = "|---" + "|---:" * (len(header) - 1) + "|"
+    return "\n".join([f"| {' | '.join(header)} |", rule, *(f"| {' | '.join(line)} |" for line in lines)])

@@ -1,0 +1,98 @@
+"""A trial's hash is a function of what it means and of nothing else, and a grid file says what it will not run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from efface.bench.trial import Trial, read
+from efface.concepts.standard import standard
+from efface.core.errors import EffaceError, InvalidMethod, InvalidTask
+
+GRID = """
+title = "A test"
+images = "quick"
+[[grid]]
+tasks = "standard"
+methods = ["uce", "uce(erase_scale=2)"]
+seeds = [0, 1]
+[[compare]]
+first = "uce"
+second = "uce(erase_scale=2)"
+"""
+
+
+def test_the_hash_is_stable_across_machines_and_versions() -> None:
+    """Written down: a change of it would make every recorded trial run again."""
+    assert Trial("emoji", "uce", "cat", 0, "erasure", "quick").hash == "9bef6bb2b89b02ee"
+
+
+def test_every_field_but_the_label_changes_the_hash() -> None:
+    trial = Trial("emoji", "uce", "cat", 0, "erasure", "quick", "a label")
+    others = {"model": "sd", "method": "ap", "task": "dog", "seed": 1, "protocol": "other", "images": "full"}
+    hashes = {trial.hash} | {replace(trial, **{name: value}).hash for name, value in others.items()}  # type: ignore[arg-type]
+    assert len(hashes) == 1 + len(others)
+    assert replace(trial, label="another").hash == trial.hash
+    assert replace(trial, label="another") == trial
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (("emoji", "uce(erase_scale=2.0, regulariser=0.25)", "cat"), ("emoji", "uce( regulariser=0.25,erase_scale=2.0 )", " cat ")),
+        (("emoji", "ap", "bomb"), ("emoji", "ap(preset='unsafe')", "unsafe:bomb")),
+    ],
+)
+def test_two_spellings_are_one_trial(first: tuple[str, str, str], second: tuple[str, str, str]) -> None:
+    assert Trial.of(*first).hash == Trial.of(*second).hash
+
+
+def test_control_a_preset_that_matters_is_another_trial() -> None:
+    assert Trial.of("emoji", "ap", "cat").hash != Trial.of("emoji", "ap(preset='authors')", "cat").hash
+    assert Trial.of("emoji", "ap", "cat").method != Trial.of("emoji", "ap", "unsafe:bomb").method  # the kind's preset is worked in
+
+
+def test_a_grid_runs_all_methods_on_all_tasks_before_the_next_seed(tmp_path: Path) -> None:
+    path = tmp_path / "grid.toml"
+    path.write_text(GRID, encoding="utf-8")
+    found = read(path)
+    assert len(found.trials) == len({trial.hash for trial in found.trials}) == 4 * 2 * 2
+    assert [trial.seed for trial in found.trials] == [0] * 8 + [1] * 8
+    assert list(dict.fromkeys(trial.task for trial in found.trials)) == [s.task for s in standard()]
+    assert (found.title, found.pairs[0].margin) == ("A test", 0.03)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", r"has no \[\[grid\]\]"),
+        ("modle = 1", "unknown key 'modle'; did you mean 'model'"),
+        ("[[grid]]\ntasks = ['cat']", "lacks 'methods'"),
+        ("[[grid]]\ntasks = ['cat']\nmethods = []", "a list that is not empty"),
+        ("[[grid]]\ntasks = ['cat']\nmethods = ['uce']\nseeds = [-1]", "a seed was -1"),
+        ("[[grid]]\ntasks = ['cat']\nmethods = ['uce']\nsteps = 3", "unknown key 'steps'"),
+        ("images = 'all'\n[[grid]]\ntasks = ['cat']\nmethods = ['uce']", "images was 'all'"),
+        ("protocol = 'erasing'\n[[grid]]\ntasks = ['cat']\nmethods = ['uce']", "no protocol 'erasing'; did you mean 'erasure'"),
+        (
+            "[[grid]]\ntasks = ['cat']\nmethods = ['uce']\n[[compare]]\nfirst = 'uce'\nsecond = 'ap'",
+            "second = 'ap', which the grid does not",
+        ),
+        ("[grid", "is no TOML"),
+    ],
+)
+def test_a_grid_that_cannot_be_run(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "grid.toml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(EffaceError, match=message):
+        read(path)
+
+
+def test_unknown_words_are_named() -> None:
+    with pytest.raises(InvalidMethod, match="no method 'ucee'; did you mean 'uce'"):
+        Trial.of("emoji", "ucee", "cat")
+    with pytest.raises(InvalidTask):
+        Trial.of("emoji", "uce", "")
+    with pytest.raises(EffaceError, match="cannot read the grid"):
+        read("nowhere.toml")
