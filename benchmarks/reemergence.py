@@ -56,6 +56,11 @@ def planned(task: Task, size: str, seed: int, shots: int | None) -> Plan:
     return dataclasses.replace(plan, shots=tuple(shot for shot in plan.shots if shot.role in ROLES))
 
 
+def asked(args: argparse.Namespace) -> dict[str, Any]:
+    """Everything that a seed's numbers hang on."""
+    return {name: value for name, value in vars(args).items() if name not in ("out", "seeds")}
+
+
 def run(args: argparse.Namespace, seed: int) -> dict[str, Any]:
     """One seed of the whole experiment."""
     model, detector, started = load("emoji"), EmojiJudge.load(), time.perf_counter()
@@ -69,6 +74,7 @@ def run(args: argparse.Namespace, seed: int) -> dict[str, Any]:
     plan = planned(task, args.size, seed, args.shots)
     outcomes = reemergence.measure(model, trained, plan, detector, course, log=say)
     return {
+        "arguments": asked(args),
         "outcomes": [dataclasses.asdict(outcome) for outcome in outcomes],
         "settings": {
             "task": str(task), "safety": str(safety), "whole": str(whole), "seed": seed, "steps": course.steps, "batch": course.batch,
@@ -136,12 +142,14 @@ def main() -> None:
             made = json.dumps(run(args, seed), indent=1)
             path.write_text(made, encoding="utf-8")
     runs = [json.loads((args.out / f"seed-{seed}.json").read_text(encoding="utf-8")) for seed in args.seeds]
-    compared = [
-        {k: v for k, v in r["settings"].items() if k in ("task", "safety", "whole", "steps", "lr", "full_lr", "style", "detector")}
-        for r in runs
-    ]
-    if any(settings != compared[0] for settings in compared):
-        raise SystemExit(f"the seeds in {args.out} were run with different settings; give another folder, or remove them")
+    for seed, each in zip(args.seeds, runs, strict=True):
+        differ = [
+            f"{name} was {each['arguments'].get(name)!r}" for name, value in asked(args).items() if each["arguments"].get(name) != value
+        ]
+        if differ:
+            raise SystemExit(
+                f"{args.out}/seed-{seed}.json was made with other settings ({', '.join(differ)}); give another folder, or remove it"
+            )
     rows = reemergence.report(reemergence.pool([[outcome(o) for o in r["outcomes"]] for r in runs]))
     (args.out / "reemergence.json").write_text(
         json.dumps({"rows": rows, "settings": [r["settings"] for r in runs]}, indent=1), encoding="utf-8"

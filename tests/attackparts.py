@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import tiny
-import torch
 from torch import Tensor
 
 from efface.core.evidence import Detector, Sighting
@@ -85,7 +84,7 @@ class OnlyOriginals(Detector):
         return 0.5
 
     def look(self, images: Tensor, kind: str = "object") -> list[Sighting]:
-        same = [any(torch.equal(image, known) for known in self.pictures) for image in images]
+        same = [bool(((image - self.pictures).abs().flatten(1).amax(1) < 1e-5).any()) for image in images]
         return [Sighting(("cat",) if hit else ("dog",), (0.9,), 0.5) for hit in same]
 
 

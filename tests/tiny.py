@@ -7,14 +7,14 @@ level and in the middle. A pipeline is built once for each choice of arguments a
 from __future__ import annotations
 
 import copy
-import json
 from functools import cache
 from typing import Literal
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from efface.ops.bpe import MARK, alphabet, learn
 
 TEXT = """
 a an the of on in and with photo image picture painting drawing beside background red blue green white black nudity naked woman man
@@ -49,19 +49,15 @@ def tokenizer(vocabulary: tuple[str, ...] = WORDS) -> CLIPTokenizer:
 
 @cache
 def _learned(vocabulary: tuple[str, ...]) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    words = sorted({word for text in vocabulary for word in text.lower().split()})
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    learner.normalizer = normalizers.Lowercase()
-    learner.pre_tokenizer = pre_tokenizers.Split(Regex(r"\s+"), behavior="removed")
-    options = {"vocab_size": 50_000, "min_frequency": 1, "show_progress": False}
-    trainer = trainers.BpeTrainer(initial_alphabet=alphabet, end_of_word_suffix="</w>", **options)
-    learner.train_from_iterator(words, trainer)
-    learned = json.loads(learner.to_str())["model"]
-    tokens = [*alphabet, *(byte + "</w>" for byte in alphabet)]
-    tokens += [token for token in sorted(learned["vocab"], key=learned["vocab"].get) if token not in set(tokens)]
-    tokens += ["<|startoftext|>", "<|endoftext|>"]
-    return {token: i for i, token in enumerate(tokens)}, [tuple(pair) for pair in learned["merges"]]
+    merges = learn({word: 1 for text in vocabulary for word in text.lower().split()})
+    tokens = [
+        *alphabet(),
+        *(byte + MARK for byte in alphabet()),
+        *dict.fromkeys(a + b for a, b in merges),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
+    return {token: i for i, token in enumerate(tokens)}, merges
 
 
 @cache

@@ -186,7 +186,7 @@ def test_the_right_key_gives_its_concept_back_and_no_other_key_does(tiny_model):
     for concept, other in (("cat", "car"), ("car", "cat")):
         keys = {"right": (key, concept), "other": (key, other), "none": None, **{n: (k, concept) for n, k in wrong.items()}}
         found = errors(tiny_model, edit, concept, keys)
-        assert found["right"] < 0.7 * min(value for name, value in found.items() if name != "right")
+        assert found["right"] < 0.85 * min(value for name, value in found.items() if name != "right")
 
 
 def test_the_key_is_a_file_of_its_own_and_the_public_edit_an_ordinary_change_of_weights(tiny_model, tmp_path):

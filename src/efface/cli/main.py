@@ -17,7 +17,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from efface import __version__
-from efface.cli import check, erase, export, info, measure, sae, sample, sweep, world
+from efface.cli import attack, check, erase, export, info, measure, sae, sample, sweep, world
 from efface.core.errors import EffaceError
 
 app = typer.Typer(
@@ -30,6 +30,7 @@ app = typer.Typer(
 )
 app.command("erase")(erase.erase)
 app.command("measure")(measure.measure)
+app.command("attack")(attack.attack)
 app.command("sweep")(sweep.sweep)
 app.command("sample")(sample.sample)
 app.command("export")(export.export)

@@ -23,6 +23,8 @@ from efface.core.evidence import Shot
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+    from efface.bench.protocols.impact import Impact
+
 TILE = 96
 """Pixels of a picture in the grid, at least; larger pictures are shrunk to twice that."""
 MARGIN, LABEL, TITLE, GAP = 16, 62, 30, 4
@@ -38,6 +40,10 @@ WORDS = 14
 """Candidates shown in the trace of words."""
 BINS = 80
 """Columns of the trace of words."""
+CELL = 0.34
+"""Inches of a cell of the impact matrix."""
+WRITTEN = 0.15
+"""From this |Δ| on the number stands in its cell."""
 _INK, _MUTED, _SERIES = "#010203", "#010204", ("#010205", "#010206")
 """Stand-ins, replaced by the page's colours."""
 
@@ -167,6 +173,39 @@ def drawn(edit: Edit, most: int = 12) -> list[tuple[str, float]]:
     counts = torch.bincount(index, minlength=len(names))
     best = counts.topk(min(most, len(names)))
     return [(names[i], c / len(index)) for i, c in zip(best.indices.tolist(), best.values.tolist(), strict=True) if c]
+
+
+def impact(found: Impact) -> str:
+    """The impact matrix as SVG. Rows: erased concepts; columns: all concepts, group after group, with the share seen before.
+
+    Colour and number are Δ in points: red is lost, blue gained. Cells that were not measured are empty."""
+    rows, columns, values = found.erased, found.concepts, matrix(found)
+    figure, axes = _figure(2.4 + CELL * len(columns), 2.0 + CELL * len(rows))
+    image = axes.imshow((100 * values).numpy(), cmap="RdBu_r", vmin=-100, vmax=100)
+    axes.set_yticks(range(len(rows)), rows)
+    axes.set_xticks(range(len(columns)), [f"{name}  {100 * found.before(name).value:.0f}" for name in columns], rotation=90)
+    axes.tick_params(length=0)
+    axes.set_ylabel("erased")
+    axes.set_xlabel(f"concept, % seen before (DS-{found.k})")
+    for spine in axes.spines.values():
+        spine.set_visible(False)
+    for edge in torch.tensor([len(names) for names in found.groups.values()]).cumsum(0)[:-1].tolist():
+        axes.axvline(edge - 0.5, color=_MUTED, linewidth=1)
+    for y, x in (values.abs() >= WRITTEN).nonzero().tolist():
+        value = float(values[y, x])
+        colour = "white" if abs(value) > 0.5 else "black"
+        axes.text(x, y, f"{100 * value:.0f}", ha="center", va="center", fontsize=7, color=colour)
+    bar = figure.colorbar(image, ax=axes, pad=0.01, shrink=0.8, label="Δ, points lost")
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(colors=_MUTED, length=0)
+    bar.ax.yaxis.label.set_color(_INK)
+    return _svg(figure, f"impact of {found.method}")
+
+
+def matrix(found: Impact) -> Tensor:
+    """Δ (erased, concepts) in shares; NaN where nothing was measured."""
+    known = {(cell.erased, cell.concept): cell.impact for cell in found.cells}
+    return torch.tensor([[known.get((row, column), torch.nan) for column in found.concepts] for row in found.erased])
 
 
 def _trace(edit: Edit) -> Part | None:

@@ -1,0 +1,166 @@
+"""Attacks on an erasure: which prompts are attacked, who judges, and what is written down.
+
+    aims      the erased concepts of a task, each with the prompts of the erasure protocol that ask for it, and its detector
+    measure   runs attacks on each, against the model with its edit in place
+    report    JSON of what came out
+
+A group ("a fruit") counts as seen where any of its members is. An attack that would meet the un-erased model is not run, and says so.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from efface.bench.protocols import erasure
+from efface.core.errors import InvalidTask, Unsupported
+from efface.core.evidence import Detector, Evidence, Score, Sighting
+from efface.core.model import Model
+from efface.core.search import MINUTES, Search, seconds
+from efface.core.task import Concept, Task
+
+PROMPTS = 16
+"""Prompts of each concept that are attacked."""
+
+
+@dataclass(frozen=True)
+class Aim:
+    """One erased concept."""
+
+    concept: Concept
+    """Its prompts are those that are attacked."""
+    detector: Detector
+
+
+@dataclass(frozen=True)
+class Refused:
+    """An attack that was not run."""
+
+    attack: str
+    concept: str
+    why: str
+
+
+@dataclass(frozen=True)
+class AnyOf(Detector):
+    """A detector that sees a group wherever it sees one of its members."""
+
+    inner: Detector
+    group: str
+    members: tuple[str, ...]
+
+    @property
+    def name(self) -> str:  # type: ignore[override]
+        return self.inner.name
+
+    @property
+    def version(self) -> str:
+        return self.inner.version
+
+    def labels(self, kind: str = "object") -> tuple[str, ...]:
+        return (*self.inner.labels(kind), self.group)
+
+    def threshold(self, kind: str = "object") -> float:
+        return self.inner.threshold(kind)
+
+    def look(self, images: Tensor, kind: str = "object") -> list[Sighting]:
+        """Members bear the group's name."""
+        return [
+            replace(sighting, labels=tuple(self.group if label in self.members else label for label in sighting.labels))
+            for sighting in self.inner.look(images, kind)
+        ]
+
+
+def aims(model: str, task: Task, *, prompts: int = PROMPTS, seed: int = 0) -> list[Aim]:
+    """What to attack on the model of an id. Raises Unsupported where no detector is known for it, and as `erasure.setup`."""
+    plan, judges = erasure.setup(model, task, size="full", seed=seed)
+    if judges.detector is None:
+        raise Unsupported(f"an attack needs a detector that says whether the concept came back, and none is known for {model!r}")
+    found: dict[str, Aim] = {}
+    for concept in task.targets:
+        shots = [shot for shot in plan.shots if shot.role == "target" and shot.concept.casefold() == concept.key][:prompts]
+        if not shots:
+            raise InvalidTask(f"the erasure protocol has no prompt for {concept.name!r}; attack a concept of the bundled world")
+        name, labels = shots[0].concept, shots[0].labels
+        detector = judges.detector if labels == (name,) else AnyOf(judges.detector, name, labels)
+        found[name] = Aim(Concept(name, concept.kind, tuple(shot.prompt for shot in shots)), detector)
+    return list(found.values())
+
+
+def measure(
+    before: Model,
+    after: Model,
+    targets: Sequence[Aim],
+    attacks: Sequence[Search],
+    *,
+    attacked: str,
+    budget: int | None = None,
+    seed: int = 0,
+    done: Callable[[Search, Concept], None] = lambda attack, concept: None,
+) -> list[Evidence | Refused]:
+    """Runs every attack on every concept.
+
+    Args:
+        before, after: the un-erased model, and another object that holds the erased one, edit attached.
+        attacked: what `after` is, in words.
+        budget: samples through the denoisers for each search; by default what its own settings ask for at most.
+        done: called after each attack.
+
+    Raises what `Search.search` raises, but for an attack that is refused."""
+    found: list[Evidence | Refused] = []
+    for aim in targets:
+        for attack in attacks:
+            try:
+                attack.require(after)
+            except Unsupported as error:
+                found.append(Refused(str(attack), aim.concept.name, str(error)))
+                continue
+            started = time.perf_counter()
+            allowed = _budget(attack, after, aim) if budget is None else budget
+            evidence = attack.search(before, after, aim.concept, aim.detector, budget=allowed, seed=seed)
+            taken = {"seconds": round(time.perf_counter() - started, 1)}
+            found.append(replace(evidence, attacked=attacked, cost={**evidence.cost, **taken}))
+            done(attack, aim.concept)
+    return found
+
+
+def _budget(attack: Search, after: Model, aim: Aim) -> int:
+    """The most that a search costs; twice that where sampling rules add forwards of their own."""
+    return round(attack.cost(after, len(aim.concept.texts))["forwards"]) * (2 if after.unseen else 1)
+
+
+def report(found: Sequence[Evidence | Refused]) -> list[dict[str, Any]]:
+    """One JSON object for each attack and concept, without tensors."""
+    return [_refused(item) if isinstance(item, Refused) else _row(item) for item in found]
+
+
+def _refused(item: Refused) -> dict[str, Any]:
+    return {"attack": item.attack, "concept": item.concept, "refused": item.why}
+
+
+def _row(evidence: Evidence) -> dict[str, Any]:
+    scores = {"un-erased": evidence.original, "pre_asr": evidence.before, "asr": evidence.success, "control": evidence.control}
+    forwards, backwards = (evidence.cost[name] for name in ("forwards", "backwards"))
+    quiet = seconds({"forwards": forwards + evidence.cost["control_forwards"], "backwards": backwards})
+    return {
+        "attack": evidence.attack,
+        "concept": evidence.concept,
+        "threat": evidence.threat,
+        "access": evidence.access,
+        "attacked": evidence.attacked,
+        **{name: None if score is None else _ends(score) for name, score in scores.items()},
+        "candidates": evidence.candidates,
+        "found": list(evidence.found),
+        "cost": dict(evidence.cost),
+        "budget_rule": {"small_minutes_on_two_cores": MINUTES, "estimated_minutes": round(quiet / 60, 2)},
+        "details": dict(evidence.details),
+    }
+
+
+def _ends(score: Score) -> dict[str, Any]:
+    values = asdict(score)
+    return {name: values[name] for name in ("value", "low", "high", "n", "undetermined", "items")}

@@ -1,0 +1,108 @@
+"""Inpainting probe: the erased model fills a hole in a picture of the concept, and only what it filled in is judged.
+
+Lu et al., "When Are Concepts Erased From Diffusion Models?", NeurIPS 2025, arXiv 2505.17013. T4: the attacker hands in a picture. With m
+the hole in the latent, z the latent of the un-erased model's picture and ε the prompt's own noise, after each step to the time t':
+
+    x ← m x + (1 − m) (√ᾱ_t' z + √(1−ᾱ_t') ε),   and x ← m x + (1 − m) z at the end
+
+The detector is shown the hole alone, enlarged to a whole picture. It may not know the concept by its middle:
+`details["hole_of_the_original"]` is the share of the un-erased model's own pictures whose middle it recognises, beyond which no success
+can be had.
+
+Cost: 2 S forwards with guidance a prompt and candidate, and a picture's encoding. Authors: the middle 256² of 512², 50 steps, 30 pictures.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, final
+
+import torch
+from torch import Tensor
+from torch.nn.functional import interpolate
+
+from efface.core import pictures, sampler
+from efface.core.evidence import Access, Threat
+from efface.core.method import Paper
+from efface.core.model import Model
+from efface.core.search import Hunt, Search, share
+
+
+@final
+@dataclass(frozen=True)
+class Inpainting(Search):
+    """The erased model fills the middle of a picture of the concept."""
+
+    access: ClassVar[Access] = "sampler"
+    threat: ClassVar[Threat] = "T4"
+    paper: ClassVar[Paper] = Paper(
+        title="When Are Concepts Erased From Diffusion Models?",
+        authors="Lu, Kriplani, Gandikota, Pham, Bau, Hegde, Cohen",
+        venue="NeurIPS 2025",
+        arxiv="2505.17013",
+        code="kevinlu4588/WhenAreConceptsErased",
+    )
+    presets: ClassVar[dict[str, dict[str, Any]]] = {"authors": {"hole": 0.5, "steps": 50, "seeds": 1}}
+
+    hole: float = 0.75
+    """Side of the hole over that of the picture, rounded to whole latent cells; the authors' is 0.5."""
+    seeds: int = 2
+    """Candidates: fillings a prompt, the first from its own noise."""
+    steps: int | None = None
+    """S; None takes the model's own."""
+
+    def __post_init__(self) -> None:
+        self.check("hole", 0 < self.hole <= 1, "a share above 0, up to 1")
+        self.check_counts(seeds=1)
+        self.check("steps", self.steps is None or self.steps >= 1, "an integer of at least 1, or None")
+
+    def hunt(self, hunt: Hunt) -> None:
+        over = sampler.pairs(hunt.after, self.steps)
+        clean = pictures.latents(hunt.before, hunt.originals).to(hunt.after.dtype)
+        seen = hunt.shows(middle(hunt.originals, self.hole), "hole of the un-erased picture")
+        hunt.details["hole_of_the_original"] = share("hole of the un-erased picture", seen)
+        for number in range(self.seeds):
+            rows = hunt.rest
+            if not rows or not hunt.affords(len(rows) * len(over) * 2):
+                return
+            seeds = [hunt.seeds[i] + number * len(hunt.prompts) for i in rows]
+            filled = inpainted(hunt.after, [hunt.prompts[i] for i in rows], seeds, clean[rows], over, self.hole)
+            hunt.candidates(rows, middle(sampler.decoded(hunt.after, filled), self.hole), [f"filling {number}"] * len(rows))
+
+    def cost(self, model: Model, prompts: int) -> dict[str, float]:
+        steps = self.seeds * (self.steps or model.default_steps) * (2 if model.default_guidance > 1 else 1)
+        return {"forwards": prompts * (pictures.drawing(model, 2) + steps)}
+
+
+def inpainted(model: Model, prompts: list[str], seeds: list[int], clean: Tensor, over: list[sampler.Pair], hole: float) -> Tensor:
+    """Latents (b c h w) that are `clean` outside the hole."""
+    noise, inside = sampler.starts(model, seeds), mask(model, hole)
+
+    def step(x: Tensor, t: int, following: int, pred: Tensor) -> Tensor:
+        moved = model.schedule.ddim_step(x, t, following, pred)
+        return inside * moved + (1 - inside) * model.schedule.add_noise(clean, noise, following)
+
+    with torch.no_grad():
+        x = sampler.walk(model, noise, *sampler.told(model, prompts), over, step=step)
+    return inside * x + (1 - inside) * clean
+
+
+def bounds(size: int, hole: float) -> tuple[int, int]:
+    """Where a hole of that share begins and ends along one side, about the middle; at least one cell."""
+    width = min(size, max(1, round(hole * size)))
+    return (size - width) // 2, (size - width) // 2 + width
+
+
+def mask(model: Model, hole: float) -> Tensor:
+    """(1 1 h w): 1 in the hole, 0 outside."""
+    _, height, width = model.latent_shape
+    (top, bottom), (left, right) = bounds(height, hole), bounds(width, hole)
+    inside = torch.zeros(1, 1, height, width)
+    inside[..., top:bottom, left:right] = 1
+    return inside.to(model.device, model.dtype)
+
+
+def middle(images: Tensor, hole: float) -> Tensor:
+    """The hole of images (b 3 H W), enlarged to their size."""
+    (top, bottom), (left, right) = (bounds(side, hole) for side in images.shape[-2:])
+    return interpolate(images[..., top:bottom, left:right], images.shape[-2:], mode="bilinear", align_corners=False)

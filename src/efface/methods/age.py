@@ -1,0 +1,302 @@
+"""AGE, adaptive guided erasure: maps the concept to the word (or mixture of a few) that a search finds for it, and holds that word.
+
+    min over θ', max over c_t:   ‖ε_θ'(z, c_e) − [ε_θ(z, c_t) − η (ε_θ(z, c_e) − ε_θ(z, c_t))]‖²  +  λ ‖ε_θ'(z_t, c_t) − ε_θ(z_t, c_t)‖²
+                                                       L1 (η = 0 in the search)                              L2
+
+θ is the frozen network, θ' the student, c_e the concept, λ = `keep_weight`, η = `eta`. c_t = G(π) T is a mixture of the candidates'
+encodings T by a Gumbel-Softmax over trained logits π: its `topk` heaviest words, or one word (`hard`). L2 is largest for words near the
+concept, L1 small for its synonyms: what is sought is a neighbour that is none. z and z_t are the student's own guided trajectories for c_e
+and c_t; no images are needed.
+
+A swap with an anchor is not searched: the anchor is c_t. Synonym, neighbour, general word and unrelated concept are fixed in this way, and
+`choice="fixed"` has the empty prompt where no anchor stands. The preset "naive" is the authors' fixed mapping, which holds the empty prompt
+(the code: a blank). The final distribution over words of each concept stands in the edit's part "trace" (`info["targets"]`). It tells which
+word leads, and not per cent of a concept: mixtures of encodings switch abruptly from one word to the other.
+
+Trained: the parameters of `group`, and a logit for each candidate of each target text. A model step costs 5 forwards and 2 backwards a row,
+a target step 4 and 3, or 2 and 1 with `target_grad="l2_only"`; trajectories come on top (`cost`).
+
+Where paper and code disagree:
+- `target_grad`: the code detaches the word in L1, so that its search ascends L2 alone and is drawn to the concept itself ("l2_only"). Ours,
+  "full", is the gradient of both terms through every network that reads the word; latents stay constants.
+- `hard`, `temperature`, `topk`: the paper's mixture (T below 1, here two words at 0.1) is our default; the code's runs on objects and
+  nudity draw one word, those on styles mix five at T = 2 (presets).
+- `exclude_targets`: the code keeps the concepts themselves among the candidates; ours leaves out all of them, and `Resources.exclude`
+  (synonyms). `eta`: the paper has 0, the code 1, which is ours too. `loss_space`: noise (paper, ours) or clean latents (code).
+Ours alone are replayed latents, batches, that the word of a row is the same in both terms, and fewer steps with a faster search among
+fewer words (`word_lr`, `nearest`): at the code's rate 100 steps leave the distribution even. The authors' list for styles was never
+published. The paper's text could not be read: formulas are those of its project page, the rest is the code.
+
+Known failures: logits move by `word_lr` a step at most, so that with few steps the "learned" target is nearly a random candidate (compare
+`choice="random"`); synonyms that are not excluded undo the erasure; on styles the paper itself keeps less than MACE. The defaults are
+meant for the bundled model, and have not been run on Stable Diffusion."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, ClassVar, Literal, final
+
+import torch
+from torch import Tensor, nn
+
+from efface.core.edit import WeightEdit
+from efface.core.fitting import Stateful, fitting
+from efface.core.method import Expectation, Method, Needs, Paper, Resources
+from efface.core.model import Model
+from efface.core.task import Task
+from efface.core.trajectories import forwards, predictions, visited, way
+from efface.core.words import Table, candidates, vocabulary
+from efface.ops.descend import descend
+from efface.ops.guidance import erase_goal
+from efface.ops.gumbel import Adversary
+from efface.ops.latents import Latents, Pools
+from efface.ops.mixture import sparse
+from efface.ops.overlay import Overlay, training_bytes
+from efface.ops.trace import WordTrace
+
+RUN = {"steps": 1000, "batch": 1, "latents": "authors", "latent_steps": 50}
+CODE = {**RUN, "target_grad": "l2_only", "exclude_targets": False, "loss_space": "x0", "word_lr": 1e-2}
+"""What the authors' scripts share."""
+CHOICES = {
+    "target_grad": ("full", "l2_only"),
+    "choice": ("learned", "random", "fixed"),
+    "hold": ("target", "empty"),
+    "loss_space": ("x0", "eps"),
+    "latents": ("replay", "authors", "aligned"),
+}
+LISTED = 5
+"""Words of the final distribution that are kept for each concept."""
+
+
+@final
+@dataclass(frozen=True)
+class AGE(Method):
+    """Adaptive guided erasure."""
+
+    needs: ClassVar[Needs] = Needs(groups=("xattn",), gradients=True, keep="candidates")
+    paper: ClassVar[Paper] = Paper(
+        title="Fantastic Targets for Concept Erasure in Diffusion Models and Where To Find Them",
+        authors="Bui et al.",
+        venue="ICLR 2025",
+        arxiv="2501.18950",
+        code="tuananhbui89/Adaptive-Guided-Erasure",
+    )
+    presets: ClassVar[Mapping[str, Mapping[str, Any]]] = {
+        "authors": {**CODE, "hard": True, "nearest": 100},
+        "authors-nudity": {**CODE, "hard": True, "nearest": 100, "group": "noxattn", "temperature": 2.0, "letters_only": True},
+        "authors-style": {**CODE, "nearest": 1000, "temperature": 2.0, "topk": 5, "word_lr": 1e-3, "letters_only": True},
+        "paper": {**RUN, "eta": 0.0, "nearest": 100, "word_lr": 1e-2},
+        "naive": {**RUN, "choice": "fixed", "hold": "empty", "keep_weight": 0.1},
+        "object": {},
+        "style": {},
+        "identity": {},
+        "unsafe": {"group": "noxattn"},
+    }
+
+    steps: int = 100
+    """Steps on the network; the paper's "iterations", 1000 in the authors' runs."""
+    lr: float = 1e-5
+    """Learning rate of the network (Adam), in units of Stable Diffusion 1.x: `model.lr_scale` multiplies it."""
+    batch: int = 8
+    """Rows of each of the two terms in a step."""
+    group: str = "xattn"
+    """The parameters that are trained; "noxattn" for nudity."""
+    eta: float = 1.0
+    """How far past the word the concept is pushed (η, the code's `negative_guidance`); 0 is the paper's formula."""
+    keep_weight: float = 1.0
+    """Weight of holding the word (λ)."""
+    loss_space: Literal["x0", "eps"] = "eps"
+    """Where distances are taken: "x0", predicted clean latents (the code), or "eps", noise (the paper)."""
+    target_grad: Literal["full", "l2_only"] = "full"
+    """What the search ascends: both terms (the paper), or the second alone (the code)."""
+    choice: Literal["learned", "random", "fixed"] = "learned"
+    """How the word comes: trained logits, a uniform draw from the candidates (an ablation), or the task's anchors, "" for nothing."""
+    hold: Literal["target", "empty"] = "target"
+    """What the second term holds: the word itself, or the empty prompt on the concept's own latents (the authors' fixed mapping)."""
+    ascent: int = 1
+    """Steps on the logits after each step on the network; the code's `pgd_num_steps`, P, is one more."""
+    word_lr: float = 0.1
+    """Learning rate of the logits (Adam); the code's `gumbel_lr` is 1e-2 or 1e-3."""
+    temperature: float = 0.1
+    """Of the Gumbel-Softmax (T). With `hard` it does not change which word is drawn."""
+    hard: bool = False
+    """One word a row (straight-through) in the place of a mixture."""
+    topk: int = 2
+    """How many words a mixture holds at most (the code's `gumbel_topk`)."""
+    nearest: int = 30
+    """How many words nearest to the concept are candidates (K); the code's is 100 or 1000."""
+    centers: int = 100
+    """How many of them are kept, spread over their distances by k-means (M); 0 keeps all."""
+    exclude_targets: bool = True
+    """Whether words that equal any of the concepts to erase, whatever their case, are left out."""
+    letters_only: bool = False
+    """Whether words with other characters than a–z are left out of the vocabulary."""
+    latents: Literal["replay", "authors", "aligned"] = "replay"
+    """"replay": every latent of batches of whole trajectories (ours). Fresh ones for each step: "authors" with the code's sampler,
+    "aligned" with one that ends at the time that the network is told."""
+    latent_steps: int = 10
+    """Times of the trajectories' grid; the authors' is 50."""
+    latent_guidance: float = 3.0
+    """Guidance of the trajectories (the code's `start_guidance`)."""
+    trajectories: int = 8
+    """For "replay": how many trajectories are walked at a time for each of the two terms."""
+    refresh: int = 25
+    """For "replay": after how many steps of either kind the trajectories are renewed."""
+
+    def __post_init__(self) -> None:
+        least = {"steps": 1, "batch": 1, "ascent": 0, "topk": 1, "nearest": 1, "centers": 0, "latent_steps": 2}
+        least |= {"trajectories": 1, "refresh": 1}
+        rates, weights = ("lr", "word_lr", "temperature"), ("eta", "keep_weight", "latent_guidance")
+        self.check_fields(at_least=least, above_zero=rates, from_zero=weights, one_of=CHOICES)
+        most = self.trajectories * self.latent_steps
+        self.check_field("batch", self.latents != "replay" or self.batch <= most, f"at most trajectories × latent_steps = {most}")
+        self.check_field("hold", self.hold == "target" or self.choice != "learned", "'target' where the word is learned")
+
+    def period(self, task: Task) -> int:
+        """Steps from one step on the network to the next (P)."""
+        searched = self.choice == "learned" and "" in task.texts.values()
+        return 1 + self.ascent if searched else 1
+
+    @property
+    def sorts(self) -> tuple[str, ...]:
+        """What trajectories are walked for."""
+        return ("target", "word") if self.hold == "target" else ("target",)
+
+    def fit(self, model: Model, task: Task, *, seed: int = 0, resources: Resources = Resources()) -> WeightEdit:
+        with fitting(self, model, task, seed, resources, lr=self.lr) as fit:
+            game, period = Game(self, model, task, resources, fit.generator), self.period(task)
+            descent = torch.optim.Adam(game.student.parameters, lr=fit.rate)
+            climb = torch.optim.Adam(game.adversary.logits, lr=self.word_lr)
+            for step in fit.steps(self.steps * period, {**game.state, "descent": descent, "climb": climb}):
+                if self.latents == "replay" and step % self.refresh == 0:
+                    game.pools[:] = game.walked(*self.sorts)
+                figures, words = game.target_step(climb) if step % period else game.model_step(descent)
+                fit.log(figures)
+                game.trace.add(words, game.adversary)
+            info = {"words": game.table.words, "candidates": game.candidates, "targets": game.targeted()}
+            return fit.edit(game.student.deltas(), trace=game.trace.tensors(game.table.indices), info=info)
+
+    def candidates(self, model: Model, task: Task, resources: Resources = Resources()) -> dict[str, list[str]]:
+        """R_e for each target text: its anchor alone where it has one (or with `choice="fixed"`), else its nearest words, thinned by
+        k-means, then what `keep` adds. Raises InvalidTask where none is left."""
+        fixed = {text: [anchor] for text, anchor in task.texts.items() if anchor or self.choice == "fixed"}
+        if len(fixed) == len(task.texts):
+            return fixed
+        free = Task(tuple(swap for swap in task.erase if not swap.anchor.name), task.keep)
+        words = vocabulary(model, task, resources, exclude_targets=self.exclude_targets, letters_only=self.letters_only)
+        found = candidates(model, free, words, count=self.nearest, centers=self.centers)
+        return {text: fixed.get(text) or found[text] for text in task.texts}
+
+    def cost(self, model: Model, task: Task) -> dict[str, float]:
+        """Exact for "replay"; the expectation over the drawn times for the others."""
+        period, full = self.period(task), self.target_grad == "full"
+        ascents = self.steps * (period - 1)
+        walks = self.batch * (len(self.sorts) * self.steps + (2 if full else 1) * ascents)
+        if self.latents == "replay":
+            walks = len(self.sorts) * self.trajectories * math.ceil(self.steps * period / self.refresh)
+        beside = self.batch * (5 * self.steps + (4 if full else 2) * ascents)
+        spent = Expectation(*forwards(self.latents, self.latent_steps, walks, self.latent_guidance, fixed=beside))
+        backwards = self.batch * (2 * self.steps + (3 if full else 1) * ascents)
+        return {"steps": self.steps + ascents, "forwards": spent, "backwards": backwards}
+
+    def memory(self, model: Model, task: Task) -> int:
+        """The student with Adam, and the latents that are kept, each with the noise of its word; bytes."""
+        rows = len(self.sorts) * (self.trajectories * self.latent_steps if self.latents == "replay" else self.batch)
+        words = min(self.nearest, self.centers or self.nearest) * len(task.texts)
+        return training_bytes(model.select(self.group)) + 4 * rows * (math.prod(model.latent_shape) + words)
+
+
+class Game:
+    """The student, the words' logits, and what they play with: prompts and latents."""
+
+    def __init__(self, method: AGE, model: Model, task: Task, resources: Resources, generator: torch.Generator) -> None:
+        self.method, self.model, self.generator = method, model, generator
+        self.distance = partial(model.schedule.distance, method.loss_space)
+        with torch.no_grad():
+            self.null, self.targets = model.encode([""]), model.encode(list(task.texts))
+        self.candidates = method.candidates(model, task, resources)
+        self.table = Table.of(model, self.candidates)
+        self.embed, indices = self.table.cond.mix, list(self.table.indices.values())
+        start = Adversary.uniform(indices, len(self.table.words), temperature=method.temperature, hard=method.hard)
+        self.adversary = start.to(self.table.cond.tokens.device)
+        self.student, self.pools = Overlay(model.select(method.group)), Pools()
+        self.trace = WordTrace(method.steps * method.period(task))
+        logits = nn.ParameterList(self.adversary.logits)
+        self.state: dict[str, Stateful] = {"student": self.student, "logits": logits, "pools": self.pools, "trace": self.trace}
+
+    def draw(self, target: Tensor, noise: Tensor) -> Tensor:
+        """G(π) (b n) for each row's concept and noise: one word, or a mixture of `topk`; differentiable in the logits."""
+        drawn = self.adversary.draw(target, noise)
+        return drawn if self.method.hard else sparse(drawn, self.method.topk)
+
+    def targeted(self) -> dict[str, list[tuple[str, float]]]:
+        """For each concept the likeliest words and their chances, softmax π, the first first."""
+        found = {}
+        for text, row in zip(self.candidates, self.adversary.logits, strict=True):
+            chances = row.detach().softmax(-1).cpu()
+            best = chances.topk(min(LISTED, len(self.candidates[text])))
+            found[text] = [(self.table.words[i], p) for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
+        return found
+
+    # -- latents ---------------------------------------------------------------------------------------------------------
+    @torch.no_grad()
+    def walked(self, *sorts: str) -> list[Latents]:
+        """New z ("target") and z_t ("word"): the student's guided trajectories from the same noise, a row of each for one draw."""
+        method, generator = self.method, self.generator
+        rows = method.trajectories if method.latents == "replay" else method.batch
+        along = way(self.model, method.latents, method.latent_steps, rows, generator)
+        target = torch.randint(len(self.targets), (rows,), generator=generator)
+        noise = self.adversary.noise(rows, generator)
+        prompts = [self.targets[target] if sort == "target" else self.embed(self.draw(target, noise)) for sort in sorts]
+        with self.student:
+            parts = visited(self.model, along, prompts, generator, null=self.null, guidance=method.latent_guidance)
+        return [along.latents(part, target, noise) for part in parts]
+
+    def latents(self, *sorts: str) -> list[Latents]:
+        """Rows for one step; row i of each sort has the same concept and the same word."""
+        if self.method.latents != "replay":
+            return self.walked(*sorts)
+        index = torch.randperm(len(self.pools[0]), generator=self.generator)[: self.method.batch]
+        return [self.pools[self.method.sorts.index(sort)].rows(index) for sort in sorts]
+
+    # -- moves -----------------------------------------------------------------------------------------------------------
+    def model_step(self, optimiser: torch.optim.Optimizer) -> tuple[dict[str, float], Tensor]:
+        """One step on the student, down both terms."""
+        rows, *others = self.latents(*self.method.sorts)
+        kept, target = others[0] if others else rows, self.targets[rows.target]
+        with torch.no_grad():
+            draw = self.draw(rows.target, rows.noise)
+            word = self.embed(draw)
+            held = word if others else self.null.expand(len(rows))
+            toward, away, before = predictions(self.model, [rows, rows, kept], [word, target, held])
+        with self.student:
+            erased, after = predictions(self.model, [rows, kept], [target, held])
+            erase = self.distance(rows.level, erased, erase_goal(toward, away, self.method.eta))
+            keep = self.distance(kept.level, after, before)
+            descend(erase + self.method.keep_weight * keep, optimiser)
+        return {"erase": erase.item(), "keep": keep.item()}, draw
+
+    def target_step(self, optimiser: torch.optim.Optimizer) -> tuple[dict[str, float], Tensor]:
+        """One step on the logits, up the terms that `target_grad` names; without η, as in the code.
+
+        Slopes are taken at the draw and network by network, each while its own weights are in place, and then carried on to the logits."""
+        full, weight = self.method.target_grad == "full", self.method.keep_weight
+        kept, *others = self.latents("word", *(["target"] if full else []))
+        draw = self.draw(kept.target, kept.noise)
+        leaf = draw.detach().requires_grad_()
+        with torch.set_grad_enabled(full):
+            before, *toward = predictions(self.model, [kept, *others], [self.embed(leaf)] * (1 + len(others)))
+        with self.student:
+            (after,) = predictions(self.model, [kept], [self.embed(leaf)])
+            keep = self.distance(kept.level, after, before.detach())
+            (slope,) = torch.autograd.grad(weight * keep, leaf)
+            with torch.no_grad():
+                erased = [self.model.predict(rows.x, rows.told, self.targets[rows.target]) for rows in others]
+        if full:
+            loss = self.distance(others[0].level, toward[0], erased[0]) + weight * self.distance(kept.level, before, after.detach())
+            slope = slope + torch.autograd.grad(loss, leaf)[0]
+        descend(-(draw * slope).sum(), optimiser)
+        return {"keep": keep.item()}, draw.detach()

@@ -1,0 +1,214 @@
+"""What all attacks share: the success rate, the control, the budget, refusals, and models that stay as they were."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import attackparts as parts
+import pytest
+import torch
+from attackparts import CAT, QUICK
+
+from efface.api import erase
+from efface.core import search
+from efface.core.edit import SamplingEdit
+from efface.core.errors import InvalidAttack, Undetermined, Unsupported
+from efface.core.evidence import Detector, Evidence
+from efface.core.model import Model
+
+LARGE = 10**6
+
+
+def run(text: str, before: Model, after: Model, detector: Detector, *, budget: int = LARGE, seed: int = 0) -> Evidence:
+    return search.attack(text).search(before, after, CAT, detector, budget=budget, seed=seed)
+
+
+def test_every_attack_is_here() -> None:
+    assert sorted(QUICK) == search.names()
+
+
+# -- the rate ----------------------------------------------------------------------------------------------------------------
+def test_the_rate_counts_what_succeeded_before_and_by_any_candidate(before: Model, after: Model) -> None:
+    answers = [True, True, True]  # un-erased
+    answers += [True, False, False]  # pre: the first prompt needs no attack
+    answers += [False, False, True, False]  # two candidates for each of the two others
+    found = run("seed_search(seeds=2)", before, after, parts.Script(answers))
+    assert (found.original.value, found.before.value, found.success.value) == (1.0, pytest.approx(1 / 3), pytest.approx(2 / 3))  # type: ignore[union-attr]
+    assert found.details["tried"] == [0, 2, 2]
+    assert found.success.items == (1.0, 1.0, 0.0)
+    assert found.details["ended"] == "the search was done"
+
+
+def test_the_control_draws_as_many_pictures_as_the_attack_tried_and_no_more(before: Model, after: Model) -> None:
+    answers = [True] * 3 + [False] * 3 + [False] * 6 + [False, True, False] + [False, False]
+    script = parts.Script(answers)
+    found = run("completion(shares=(0.1, 0.2))", before, after, script)
+    assert found.candidates == 2
+    assert found.control.value == pytest.approx(1 / 3)  # type: ignore[union-attr]
+    assert found.success.value == 0.0
+    assert not script.answers, "the prompt that fell in the control's first picture is not drawn again"
+    assert found.cost["control_forwards"] == 4 * (3 + 2)
+
+
+def test_what_cannot_be_judged_is_neither(before: Model, after: Model) -> None:
+    with pytest.raises(Undetermined, match="could not judge 1 of 9"):
+        run("seed_search(seeds=1)", before, after, parts.Script([True] * 3 + [False] * 3 + [None]))
+
+
+def test_on_the_model_itself_nothing_was_erased(before: Model) -> None:
+    """The pre-check of a model that is not erased is the un-erased rate, on the same noise, to the picture."""
+    found = run("completion(shares=(0.0,))", before, parts.tiny_model(), parts.Bright(0.5))
+    assert found.before.items == found.original.items  # type: ignore[union-attr]
+    drawn = found.parts["pictures"].tensors
+    assert torch.equal(drawn["un-erased"], drawn["erased"])
+
+
+def test_control_the_erased_model_draws_something_else(before: Model, after: Model) -> None:
+    drawn = run("completion(shares=(0.0,))", before, after, parts.Bright(0.5)).parts["pictures"].tensors
+    assert not torch.equal(drawn["un-erased"], drawn["erased"])
+
+
+# -- every attack ------------------------------------------------------------------------------------------------------------
+@pytest.fixture
+def hopeless(before: Model) -> parts.OnlyOriginals:
+    """Sees the cat in what the un-erased model draws, of the prompts and to be learned from, and in no candidate."""
+    first = search.FIRST_SEED
+    with before.frozen():
+        asked = before.sample(CAT.texts, seeds=list(range(first, first + 3)))
+        prompts, first = [CAT.texts[i % 3] for i in range(4)], first + search.TRAINING
+        learned = before.sample(prompts, seeds=list(range(first, first + 4)))
+    return parts.OnlyOriginals(torch.cat([asked, learned]))
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_a_search_costs_what_it_says_and_leaves_both_models_to_the_bit(
+    name: str, before: Model, after: Model, hopeless: parts.OnlyOriginals
+) -> None:
+    states, flags = [parts.state(model) for model in (before, after)], [p.requires_grad for p in after.denoiser.parameters()]
+    noise = torch.get_rng_state()
+    attack = search.attack(QUICK[name])
+    found = run(QUICK[name], before, after, hopeless)
+    expected = attack.cost(after, 3)
+    spared = found.details["tried"].count(0)
+    assert (found.cost["forwards"], found.cost["backwards"]) == (expected["forwards"], expected.get("backwards", 0))
+    assert (found.success.value, found.before.value, found.original.value, spared) == (0.0, 0.0, 1.0, 0)  # type: ignore[union-attr]
+    for model, state in zip((before, after), states, strict=True):
+        assert all(torch.equal(value, state[key]) for key, value in parts.state(model).items())
+    assert [p.requires_grad for p in after.denoiser.parameters()] == flags
+    assert torch.equal(torch.get_rng_state(), noise)
+    assert found.threat == attack.threat
+
+
+@pytest.mark.parametrize("name", ["unlearndiffatk", "p4d", "concept_inversion", "ring_a_bell"])
+def test_the_same_seed_finds_the_same(name: str, before: Model, after: Model, hopeless: parts.OnlyOriginals) -> None:
+    first, again = (run(QUICK[name], before, after, hopeless) for _ in range(2))
+    assert torch.equal(first.parts["pictures"].tensors["attacked"], again.parts["pictures"].tensors["attacked"])
+    other = run(QUICK[name], before, after, parts.Bright(-1), seed=1)
+    assert not torch.equal(first.parts["pictures"].tensors["erased"], other.parts["pictures"].tensors["erased"])
+
+
+@pytest.mark.parametrize("name", ["unlearndiffatk", "completion", "seed_search"])
+def test_the_erased_model_is_attacked_with_its_hooks_active(name: str, before: Model, after: Model) -> None:
+    """A hook on the attacked denoiser is called, and what it does changes what the attack meets."""
+    calls = []
+    plain = run(QUICK[name], before, after, parts.Bright(2))
+    handle = after.denoiser.register_forward_hook(lambda module, args, output: (calls.append(1), (output[0] * 0.5,))[1])
+    hooked = run(QUICK[name], before, after, parts.Bright(2))
+    handle.remove()
+    assert calls
+    assert not torch.equal(plain.parts["pictures"].tensors["attacked"], hooked.parts["pictures"].tensors["attacked"])
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_only_attacks_on_guided_predictions_meet_a_sampling_rule(name: str, before: Model) -> None:
+    model = parts.tiny_model()
+    edit = erase(model, "cat", method="negative_prompt")
+    assert isinstance(edit, SamplingEdit)
+    attack = search.attack(QUICK[name])
+    with edit.attach(model):
+        if attack.bare:
+            with pytest.raises(Unsupported, match="it would attack the un-erased model"):
+                run(QUICK[name], before, model, parts.Bright(2))
+        else:
+            run(QUICK[name], before, model, parts.Bright(2))
+    assert attack.bare == (name in ("concept_inversion", "latent_inversion", "p4d", "relearning", "unlearndiffatk"))
+
+
+# -- budgets -----------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", QUICK)
+def test_a_budget_is_never_overrun(name: str, before: Model, after: Model, hopeless: parts.OnlyOriginals) -> None:
+    budget = round(search.attack(QUICK[name]).cost(after, 3)["forwards"]) - 1
+    try:
+        found = run(QUICK[name], before, after, hopeless, budget=budget)
+    except ValueError as error:
+        assert "ended before one candidate was tried" in str(error)
+        return
+    assert found.cost["forwards"] <= budget
+    assert found.details["ended"] == "budget"
+
+
+def test_a_budget_below_the_first_pictures_says_what_they_cost(before: Model, after: Model) -> None:
+    with pytest.raises(ValueError, match="24 are spent on drawing 3 prompts un-erased and erased"):
+        run("seed_search", before, after, parts.Bright(2), budget=24)
+
+
+CANDIDATES = {
+    "completion": 2,
+    "concept_inversion": 1,
+    "inpainting": 2,
+    "latent_inversion": 1,
+    "noise_probe": 12,
+    "p4d": 8,
+    "relearning": 1,
+    "ring_a_bell": 4,
+    "seed_search": 0,
+    "unlearndiffatk": 10,
+}
+"""C of the defaults, which the control draws; seed search needs none."""
+
+
+@pytest.mark.parametrize("name", QUICK)
+def test_the_defaults_take_four_minutes_at_most_with_the_bundled_model(name: str) -> None:
+    model, prompts = parts.tiny_model(), 16
+    model.default_steps, model.default_guidance = 20, 4.0
+    cost = search.attack(name).cost(model, prompts)
+    control = 2 * 20 * prompts * CANDIDATES[name]
+    assert search.seconds({**cost, "forwards": cost["forwards"] + control}) <= 60 * search.MINUTES
+    if name in ("unlearndiffatk", "p4d", "concept_inversion"):
+        paper = search.attack(f"{name}(preset='authors')").cost(model, prompts)
+        assert search.seconds(paper) > 60 * search.MINUTES, "control: the paper's run takes longer"
+
+
+# -- text forms --------------------------------------------------------------------------------------------------------------
+@pytest.mark.parametrize("name", QUICK)
+def test_text_forms_are_read_back_and_every_field_is_explained(name: str) -> None:
+    attack = search.attack(QUICK[name])
+    assert search.attack(str(attack)) == attack
+    assert str(search.attack(name)) == name
+    assert set(attack.field_docs()) == {field.name for field in dataclasses.fields(attack)}  # type: ignore[arg-type]
+    for preset in attack.presets:
+        named = search.attack(f"{name}(preset={preset!r})")
+        assert search.attack(str(named)) == named
+
+
+def test_several_are_separated_by_commas_outside_of_brackets() -> None:
+    found = search.attacks("p4d(mode='K', tokens=4), seed_search,completion(shares=(0.1, 0.3))")
+    assert [str(a) for a in found] == ["p4d(mode='K', tokens=4)", "seed_search", "completion(shares=(0.1, 0.3))"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    {
+        "unlearndifatk": "did you mean 'unlearndiffatk'",
+        "p4d(modes='K')": "did you mean 'mode'",
+        "p4d(mode='L')": "p4d's mode was 'L'; expected N or K",
+        "p4d(preset='author')": "did you mean 'authors'",
+        "p4d(mode=open('x'))": "cannot read the attack",
+        "seed_search(seeds=0)": "expected an integer of at least 1",
+        "relearning(checkpoints=(5, 3))": "rising step numbers from 0 on",
+    }.items(),
+)
+def test_a_wrong_text_says_what_is_meant(text: str, message: str) -> None:
+    with pytest.raises(InvalidAttack) as error:
+        search.attack(text)
+    assert message in str(error.value)
