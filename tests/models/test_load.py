@@ -235,3 +235,12 @@ def test_silence_ends_where_it_began() -> None:
     with quiet():
         assert not logging.is_progress_bar_enabled()
     assert (logging.get_verbosity(), logging.is_progress_bar_enabled()) == before
+
+
+def test_a_rate_is_the_models_own_inside_and_outside_the_cross_attention(copied: Path) -> None:
+    (copied / "efface.json").write_text('{"lr_scale": 50.0, "lr_scale_others": 5.0}')
+    model = load(copied)
+    assert [model.learning_rate(1e-5, group) for group in ("xattn", "text_kv")] == [5e-4, 5e-4]
+    assert [model.learning_rate(1e-5, *groups) for groups in (("noxattn",), ("full",), ("text_kv", "selfattn"))] == [5e-5, 5e-5, 5e-5]
+    (copied / "efface.json").write_text('{"lr_scale": 50.0}')
+    assert load(copied).learning_rate(1e-5, "full") == 5e-4

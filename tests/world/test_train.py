@@ -133,3 +133,29 @@ def test_the_whole_recipe_runs_and_exports(tmp_path: Path, cache: Path, monkeypa
     pictures = pipeline(["a cat"], num_inference_steps=1, output_type="pt", generator=generator).images
     assert Judge.load(out / "judge.safetensors").look(pictures).objects.shape[0] == 1
     assert Clip.load(out).score(pictures, ["a cat"]).shape == (1,)
+
+
+@pytest.mark.slow
+def test_the_recipe_reproduces(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same seed and number of threads: the same weights of every stage, to the bit. Another seed: others."""
+    from safetensors.torch import load_file
+
+    from efface.world.train import clip, unet, vae
+
+    monkeypatch.setattr(clip, "CORPUS", 500)
+    monkeypatch.setattr(vae, "MEASURED", 64)
+    monkeypatch.setattr(judging, "CALIBRATED", 256)
+    monkeypatch.setitem(unet.SCENES, "cpu", 64)
+
+    def weights(name: str, seed: int) -> dict[str, torch.Tensor]:
+        train("all", tmp_path / name, sprites=cache, steps=6, batch=4, device="cpu", seed=seed, progress=False)
+        out = export(tmp_path / name, tmp_path / name / "weights")
+        files = sorted(out.rglob("*.safetensors"))
+        assert len(files) >= 4
+        return {f"{path.relative_to(out)}/{key}": value for path in files for key, value in load_file(path).items()}
+
+    one, again, other = weights("one", 0), weights("again", 0), weights("other", 1)
+    assert one.keys() == again.keys()
+    assert all(torch.equal(one[key], again[key]) for key in one)
+    for part in ("unet", "vae", "clip", "judge"):  # every stage depends on its seed
+        assert any(part in key and not torch.equal(one[key], other[key]) for key in one)

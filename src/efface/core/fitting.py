@@ -76,7 +76,7 @@ def fitting(method: Work, model: Model, task: Task, seed: int, resources: Resour
     method.require(model, task)
     if resources.checkpoint_every < 1:
         raise ValueError(f"checkpoint_every was {resources.checkpoint_every}; expected at least 1")
-    fit = Fit(method, model, task, seed, resources, lr * model.lr_scale, seeded(seed))
+    fit = Fit(method, model, task, seed, resources, model.learning_rate(lr, *_trained(method, model)), seeded(seed))
     with model.frozen():
         fit.begin()
         try:
@@ -85,6 +85,12 @@ def fitting(method: Work, model: Model, task: Task, seed: int, resources: Resour
             fit.forget()
             raise
     fit.forget()
+
+
+def _trained(method: Work, model: Model) -> tuple[str, ...]:
+    """The groups that a method trains: its field `group`, where that names one, or else all that it needs."""
+    chosen, needs = getattr(method, "group", None), getattr(method, "needs", None)
+    return (chosen,) if chosen in model.groups else () if needs is None else tuple(needs.groups)
 
 
 @dataclass(eq=False)
@@ -97,7 +103,7 @@ class Fit:
     seed: int
     resources: Resources
     rate: float
-    """The learning rate of the network: `lr` in units of Stable Diffusion 1.x times `model.lr_scale`."""
+    """The learning rate of the network: `Model.learning_rate` of `lr`, which is in units of Stable Diffusion 1.x."""
     generator: torch.Generator
     """Made from `seed`; every random draw comes from it."""
     figures: list[dict[str, float]] = field(default_factory=list)
@@ -170,7 +176,7 @@ class Fit:
             "task": str(self.task),
             "prompts": _digest([repr(self.task)]),
             "seed": str(self.seed),
-            "model": f"{weights.digest} in {weights.dtype} with lr_scale {self.model.lr_scale:g}",
+            "model": f"{weights.digest} in {weights.dtype} with rate {self.rate:g}",
             "device": self.model.device.type,
             "words": _digest(words),
             "images": _digest([*given.images, *given.images.values()]),

@@ -140,8 +140,10 @@ class Model(ABC):
     attached: list[Any]
     """The stack of attached edits; `core.edit` alone writes it."""
     lr_scale: float = 1.0
-    """How much larger learning rates this network takes than SD 1.x, for which the papers' values were chosen. Every method
-    multiplies its `lr` by it, so that one text form of a method serves models of all sizes."""
+    """How much larger learning rates this network's cross-attention takes than that of SD 1.x, for which the papers' values were chosen;
+    see `learning_rate`."""
+    lr_scale_others: float | None = None
+    """The same where layers outside the cross-attention are trained; None where it is no other."""
     default_steps: int
     """What `sample` takes without `steps`."""
     default_guidance: float
@@ -245,6 +247,16 @@ class Model(ABC):
         """The parameters of a group: "xattn", "noxattn", "selfattn", "text_kv", "full", "text_encoder", ….
 
         Raises Unsupported with the valid names when the family has no such group."""
+
+    def learning_rate(self, lr: float, *groups: str) -> float:
+        """A rate in units of SD 1.x as one of this network, so that one text form of a method serves models of all sizes.
+
+        `lr` · `lr_scale`; where `groups` hold a parameter outside the cross-attention ("xattn"), `lr` · `lr_scale_others`."""
+        if self.lr_scale_others is None or "xattn" not in self.groups:
+            return lr * self.lr_scale
+        inner = set(self.select("xattn"))
+        outside = any(not set(self.select(group)) <= inner for group in groups)
+        return lr * (self.lr_scale_others if outside else self.lr_scale)
 
     @abstractmethod
     def hook_points(self, role: str) -> Mapping[str, nn.Module]:

@@ -99,7 +99,7 @@ class AGE(Method):
     steps: int = 100
     """Steps on the network; the paper's "iterations", 1000 in the authors' runs."""
     lr: float = 1e-5
-    """Learning rate of the network (Adam), in units of Stable Diffusion 1.x: `model.lr_scale` multiplies it."""
+    """Learning rate of the network (Adam), in units of Stable Diffusion 1.x (`Model.learning_rate`)."""
     batch: int = 8
     """Rows of each of the two terms in a step."""
     group: str = "xattn"

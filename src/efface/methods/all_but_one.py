@@ -71,7 +71,7 @@ class AllButOne(Method):
     steps: int = 200
     """Steps of AdamW."""
     lr: float = 1e-5
-    """Learning rate (AdamW), in units of Stable Diffusion 1.x: `model.lr_scale` multiplies it."""
+    """Learning rate (AdamW), in units of Stable Diffusion 1.x (`Model.learning_rate`)."""
     batch: int = 8
     """Rows in a step."""
     group: str = "xattn"

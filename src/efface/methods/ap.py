@@ -78,7 +78,7 @@ class AP(Method):
     steps: int = 100
     """Steps on the network; the paper's "iterations"."""
     lr: float = 1e-5
-    """Learning rate of the network (Adam), in units of Stable Diffusion 1.x: `model.lr_scale` multiplies it."""
+    """Learning rate of the network (Adam), in units of Stable Diffusion 1.x (`Model.learning_rate`)."""
     batch: int = 8
     """Rows of each of the two terms in a step."""
     group: str = "xattn"

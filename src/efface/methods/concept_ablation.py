@@ -106,7 +106,7 @@ class ConceptAblation(Method):
     steps: int = 100
     """Steps of AdamW."""
     lr: float = 4e-6
-    """Learning rate (AdamW), in units of Stable Diffusion 1.x: `model.lr_scale` multiplies it. The authors' is 1.6e-5, with which 150 steps
+    """Learning rate (AdamW), in units of Stable Diffusion 1.x (`Model.learning_rate`). The authors' is 1.6e-5, with which 150 steps
     took two thirds of the other concepts from the bundled model."""
     batch: int = 8
     """Pictures in a step, of each of the two terms."""

@@ -72,7 +72,7 @@ class DegenerationTuning(Method):
     steps: int = 200
     """Steps on the network."""
     lr: float = 1e-5
-    """Learning rate (AdamW), in units of Stable Diffusion 1.x: `model.lr_scale` multiplies it. 5e-5 suits "xattn"."""
+    """Learning rate (AdamW), in units of Stable Diffusion 1.x (`Model.learning_rate`). 5e-5 suits "xattn"."""
     batch: int = 8
     """Pictures of each of the two sets in a step."""
     group: str = "full"

@@ -92,7 +92,7 @@ class DuMo(Method):
     joint_steps: int = 0
     """Steps of stage 2, behind these, on the table and the EPR."""
     lr: float = 1e-5
-    """Learning rate of the EPR (AdamW), in units of Stable Diffusion 1.x: `model.lr_scale` multiplies it. Not verified."""
+    """Learning rate of the EPR (AdamW), in units of Stable Diffusion 1.x (`Model.learning_rate`). Not verified."""
     table_lr: float = 1e-2
     """Learning rate of the table (AdamW without decay). Not verified."""
     batch: int = 4

@@ -83,7 +83,7 @@ class ESD(Method):
     steps: int = 200
     """Steps of Adam; the paper's "iterations"."""
     lr: float = 1e-5
-    """Learning rate (Adam), in units of Stable Diffusion 1.x: `model.lr_scale` multiplies it."""
+    """Learning rate (Adam), in units of Stable Diffusion 1.x (`Model.learning_rate`)."""
     batch: int = 8
     """Rows in a step."""
     group: str = "xattn"

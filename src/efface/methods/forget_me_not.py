@@ -77,7 +77,7 @@ class ForgetMeNot(Method):
     steps: int = 35
     """Steps of forgetting."""
     lr: float = 2e-6
-    """Learning rate of forgetting (AdamW), in units of Stable Diffusion 1.x: `model.lr_scale` multiplies it."""
+    """Learning rate of forgetting (AdamW), in units of Stable Diffusion 1.x (`Model.learning_rate`)."""
     batch: int = 4
     """Pictures in a step of either stage; the authors' is 1."""
     group: str = "full"

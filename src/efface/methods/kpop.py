@@ -78,7 +78,7 @@ class KPOP(Method):
     steps: int = 200
     """Steps on the network."""
     lr: float = 1e-5
-    """Learning rate of the network (Adam), in units of Stable Diffusion 1.x: `model.lr_scale` multiplies it."""
+    """Learning rate of the network (Adam), in units of Stable Diffusion 1.x (`Model.learning_rate`)."""
     batch: int = 8
     """Rows of a step."""
     group: str = "xattn"

@@ -70,7 +70,7 @@ class ModularLoRA(Method):
     steps: int = 100
     """Steps on the factors; 1500 second hand."""
     lr: float = 2e-5
-    """Learning rate (AdamW), in units of Stable Diffusion 1.x: `model.lr_scale` multiplies it."""
+    """Learning rate (AdamW), in units of Stable Diffusion 1.x (`Model.learning_rate`)."""
     batch: int = 8
     """Rows in a step."""
     rank: int = 4

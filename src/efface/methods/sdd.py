@@ -73,7 +73,7 @@ class SDD(Method):
     steps: int = 150
     """Steps of AdamW; the authors' is 1500."""
     lr: float = 1.5e-6
-    """Learning rate (AdamW), in units of Stable Diffusion 1.x: `model.lr_scale` multiplies it. The authors' is 1e-5."""
+    """Learning rate (AdamW), in units of Stable Diffusion 1.x (`Model.learning_rate`). The authors' is 1e-5."""
     batch: int = 8
     """Rows in a step; the authors' is 1."""
     group: str = "xattn"

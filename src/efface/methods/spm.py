@@ -100,7 +100,7 @@ class SPM(Method):
     steps: int = 200
     """Steps for each target; the code's "iterations"."""
     lr: float = 1e-4
-    """Largest learning rate (AdamW), in units of Stable Diffusion 1.x: `model.lr_scale` multiplies it."""
+    """Largest learning rate (AdamW), in units of Stable Diffusion 1.x (`Model.learning_rate`)."""
     warmup: float = 1 / 6
     """Share of the steps in which the learning rate rises (500 of 3000); 0 to 1."""
     cycles: int = 3

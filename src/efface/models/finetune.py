@@ -53,7 +53,7 @@ def finetune(
 
     Edits that are attached stay so and are trained on top of; what is returned then belongs after them (`Chain`).
 
-    lr: AdamW's learning rate, multiplied by `model.lr_scale`; by default 1e-4 with `rank`, 1e-5 without.
+    lr: AdamW's learning rate in units of Stable Diffusion 1.x (`Model.learning_rate`; a LoRA's is that of the cross-attention); by default 1e-4 with `rank`, 1e-5 without.
     rank: of a LoRA on the linear maps and convolutions of the group; None trains the weights themselves.
     group: what is trained, of the denoiser; by default "attn" (every attention projection) with `rank`, else "full".
     batch: pictures in a step, drawn from a shuffled deck that is shuffled anew when it is empty.
@@ -62,14 +62,15 @@ def finetune(
     report: called after every step with {"loss": …}.
 
     Raises ValueError (counts, shapes, ranges), Unsupported (the group), Diverged (a loss that is not finite)."""
-    run = Run(steps, _rate(lr, rank, start) * model.lr_scale, batch, weight_decay, seed)
+    asked = _rate(lr, rank, start)
+    run = Run(steps, model.learning_rate(asked, *([] if rank or start else [group or "full"])), batch, weight_decay, seed)
     run.check(images, captions, rank, start)
     model.meter.reset()
     generator = seeded(seed)
     with model.frozen():
         student = _student(model, rank, group, start, generator)
         losses = _train(model, student, run, images, captions, generator, report)
-    made = f"finetune(steps={steps}, lr={run.lr / model.lr_scale:g}, rank={_rank(rank, start)}, group={group!r}, batch={batch})"
+    made = f"finetune(steps={steps}, lr={asked:g}, rank={_rank(rank, start)}, group={group!r}, batch={batch})"
     card = Card(made, "", seed, model.id, model.family, Fingerprint.of(model), (captions[0],), model.meter.read(), versions())
     extras = {"trace": Part({"loss": torch.tensor(losses)}, {"captions": list(captions)})}
     if isinstance(student, Overlay):

@@ -6,7 +6,7 @@
     load("stable-diffusion-v1-5/stable-diffusion-v1-5")      a Hub id
     load(pipeline)                               a live StableDiffusionPipeline, which is used and not copied
 
-A folder may hold `efface.json` with the model's own defaults: {"lr_scale": 50.0, "steps": 20, "guidance": 4.0}.
+A folder may hold `efface.json` with the model's own defaults: {"lr_scale": 50.0, "lr_scale_others": 5.0, "steps": 20, "guidance": 4.0}.
 """
 
 from __future__ import annotations
@@ -52,7 +52,9 @@ class Settings:
     """A model's own defaults, as `efface.json` beside its weights gives them. Raises InvalidModel for values out of range."""
 
     lr_scale: float = 1.0
-    """How much larger learning rates it takes than Stable Diffusion 1.x; above 0."""
+    """How much larger learning rates its cross-attention takes than that of Stable Diffusion 1.x; above 0."""
+    lr_scale_others: float | None = None
+    """The same where other layers are trained too; None where it is no other."""
     steps: int = 50
     """Sampling steps; at least 1."""
     guidance: float = 7.5
@@ -61,10 +63,14 @@ class Settings:
     def __post_init__(self) -> None:
         for field in fields(self):
             value = getattr(self, field.name)
+            if value is None and field.default is None:
+                continue
             if isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
                 raise InvalidModel(f"efface.json gives {field.name} as {value!r}; expected a finite number")
-        if self.lr_scale <= 0:
-            raise InvalidModel(f"efface.json gives lr_scale as {self.lr_scale}; expected a number above 0")
+        for name in ("lr_scale", "lr_scale_others"):
+            scale = getattr(self, name)
+            if scale is not None and scale <= 0:
+                raise InvalidModel(f"efface.json gives {name} as {scale}; expected a number above 0")
         if self.steps != int(self.steps) or self.steps < 1:
             raise InvalidModel(f"efface.json gives steps as {self.steps}; expected an integer of at least 1")
 
@@ -133,7 +139,12 @@ def _wrap(pipeline: StableDiffusionPipeline, name: str, settings: Settings) -> S
     with quiet():
         from efface.models.sd import StableDiffusion
     return StableDiffusion(
-        pipeline, id=name, lr_scale=settings.lr_scale, default_steps=int(settings.steps), default_guidance=settings.guidance
+        pipeline,
+        id=name,
+        lr_scale=settings.lr_scale,
+        lr_scale_others=settings.lr_scale_others,
+        default_steps=int(settings.steps),
+        default_guidance=settings.guidance,
     )
 
 

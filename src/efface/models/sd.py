@@ -59,12 +59,13 @@ class StableDiffusion(Model):
         *,
         id: str = "pipeline",
         lr_scale: float = 1.0,
+        lr_scale_others: float | None = None,
         default_steps: int = 50,
         default_guidance: float = 7.5,
     ) -> None:
         self.pipeline = pipeline
         self.id = id
-        self.lr_scale = lr_scale
+        self.lr_scale, self.lr_scale_others = lr_scale, lr_scale_others
         self.default_steps = default_steps
         self.default_guidance = default_guidance
         _check(pipeline)

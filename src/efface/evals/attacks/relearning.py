@@ -15,7 +15,7 @@ taught)/(steps to half, relearned) is the honest number: near 1, the erasure lef
 Cost, for the erased model and for each control: batch · steps forwards and backwards, and a picture a prompt at each checkpoint. The
 meter counts the latter; authors: up to 300 steps.
 
-Departures: the learning rate is multiplied by `model.lr_scale`; z is the posterior's mean. The ASR counts the last checkpoint only, so
+Departures: the learning rate is that of the model at hand (`Model.learning_rate`); z is the posterior's mean. The ASR counts the last checkpoint only, so
 that C = 1. Edits that are hooks stay active in training; what is trained lies beneath them.
 """
 
@@ -110,7 +110,7 @@ class Relearning(Search):
     def curve(self, hunt: Hunt, model: Model, images: Tensor, captions: Sequence[str], judge: Judge) -> list[list[bool | None]]:
         """What is seen after each checkpoint; the model is as it was afterwards. All arms see the same pictures, times and noise."""
         student, generator = Overlay(model.select(self.group)), seeded(hunt.seeds[0])
-        optimiser = torch.optim.AdamW(student.parameters, lr=self.lr * model.lr_scale, weight_decay=0.01)
+        optimiser = torch.optim.AdamW(student.parameters, lr=model.learning_rate(self.lr, self.group), weight_decay=0.01)
         clean, found = pictures.latents(hunt.before, images), []
         with torch.no_grad():
             cond = model.encode(captions)
