@@ -58,3 +58,16 @@ def test_a_word_that_is_no_candidate_gets_no_gradient_and_a_target_that_is_not_u
     assert second is None
     assert first[[1, 3]].tolist() == [0, 0]
     assert (first[[0, 2]] != 0).all()
+
+
+def test_favoured_words_have_their_share_and_the_others_keep_their_proportions() -> None:
+    adversary = Adversary.uniform([[0, 1, 2, 3], [0, 1]], 5, temperature=1.0, hard=True)
+    before = torch.stack([row.detach().softmax(0) for row in adversary.logits])
+    adversary.favour([3], 0.0)
+    assert torch.equal(torch.stack([row.detach().softmax(0) for row in adversary.logits]), before)
+    adversary.favour([3], 0.5)
+    first, second = (row.detach().softmax(0) for row in adversary.logits)
+    assert torch.allclose(first, torch.tensor([1 / 6, 1 / 6, 1 / 6, 1 / 2, 0.0]))
+    assert torch.equal(second, before[1])  # has none of them
+    adversary.favour([0, 1], 0.9)
+    assert torch.equal(adversary.logits[1].detach().softmax(0), before[1])  # has nothing else

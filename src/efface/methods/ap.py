@@ -15,6 +15,8 @@ What the preset "authors" does, and our defaults do otherwise:
   latent of a trajectory is used, trajectories run in large batches and are renewed as the student moves. Until then a row keeps its
   Gumbel noise, so that its word stays the one that its latent was made for, unless the logits have since overtaken it.
 - `loss_space="x0"`: distances of predicted clean latents, which weigh the noisiest times most (the code; the paper writes noise, as we do).
+- `keep_share=0`: concepts of `keep` are words like any other. Ours: half of the first draws are theirs, since they would seldom come up among
+  a hundred candidates.
 - `exclude_targets=False`: "church" is kept while "Church" is erased. `batch=1`: our rows each have a target and a word of their own.
 The k-means is exact here; the code's finds a nearby optimum. Where the paper says cosine (nearest words) and "first find c_a, then
 update" (the maximum), both follow the code: L2, and `ascent` steps for each model step.
@@ -49,7 +51,7 @@ from efface.ops.overlay import Overlay, training_bytes
 from efface.ops.trace import WordTrace
 
 WORDS = {"exclude_targets": False, "letters_only": True}
-AUTHORS = {"steps": 1000, "batch": 1, "loss_space": "x0", "latents": "authors", "latent_steps": 50, **WORDS}
+AUTHORS = {"steps": 1000, "batch": 1, "keep_share": 0.0, "loss_space": "x0", "latents": "authors", "latent_steps": 50, **WORDS}
 """The published runs: 1000 steps of one row, in predicted clean latents, on the list EN3K (to be given as the vocabulary)."""
 
 
@@ -101,6 +103,8 @@ class AP(Method):
     """How many words nearest to the target enter the choice of candidates (K)."""
     centers: int = 100
     """How many of them are kept, spread over their distances by k-means (M); 0 keeps all."""
+    keep_share: float = 0.5
+    """How likely at first a word is one of `keep` (ours); 0: as likely as any other word. From 0, below 1."""
     exclude_targets: bool = True
     """Whether words that equal a target, whatever their case, are left out."""
     letters_only: bool = False
@@ -124,6 +128,7 @@ class AP(Method):
         choices = {"loss_space": ("x0", "eps"), "latents": ("replay", "authors", "aligned")}
         rates, weights = ("lr", "word_lr", "temperature"), ("eta", "keep_weight", "latent_guidance")
         self.check_fields(at_least=least, above_zero=rates, from_zero=weights, one_of=choices)
+        self.check_field("keep_share", 0 <= self.keep_share < 1, "a number from 0, below 1")
         most = self.trajectories * self.latent_steps
         self.check_field("batch", self.latents != "replay" or self.batch <= most, f"at most trajectories × latent_steps = {most}")
 
@@ -180,6 +185,8 @@ class Game:
         self.table = Table.of(model, self.candidates)
         self.embed, indices, words = self.table.cond.mix, list(self.table.indices.values()), len(self.table.words)
         start = Adversary.uniform(indices, words, temperature=method.temperature, hard=method.hard)
+        kept = [text for concept in task.keep for text in concept.texts]
+        start.favour([self.table.words.index(text) for text in kept if text in self.table.words], method.keep_share)
         self.adversary = start.to(self.table.cond.tokens.device)
         self.student, self.pools, self.trace = Overlay(model.select(method.group)), Pools(), WordTrace(method.steps * method.period)
         logits = nn.ParameterList(self.adversary.logits)

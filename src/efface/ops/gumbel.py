@@ -8,6 +8,7 @@ and keeps the gradient of y, so that T scales the gradient and never changes wha
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -53,6 +54,17 @@ class Adversary:
         for row, indices in zip(logits, candidates, strict=True):
             row[list(indices)] = 0.0
         return cls(tuple(nn.Parameter(row.clone()) for row in logits), temperature, hard)
+
+    @torch.no_grad()
+    def favour(self, words: Sequence[int], share: float) -> None:
+        """Sets the logits so that each target's draw is one of `words` (indices) with the probability `share`, 0 ≤ share < 1, and all others
+        stay as likely among themselves. Nothing happens with a share of 0, or for a target that has none of these words or no others."""
+        chosen = torch.zeros(len(self.logits[0]), dtype=torch.bool, device=self.logits[0].device)
+        chosen[list(words)] = True
+        for logits in self.logits:
+            inside, outside = logits[chosen].logsumexp(0), logits[~chosen].logsumexp(0)
+            if share > 0 and inside.isfinite() and outside.isfinite():
+                logits[chosen] += math.log(share) - math.log1p(-share) + outside - inside
 
     def to(self, device: torch.device) -> Adversary:
         return Adversary(tuple(nn.Parameter(row.detach().to(device)) for row in self.logits), self.temperature, self.hard)
