@@ -1,7 +1,10 @@
 """Times UCE and one round of RECE on the key and value maps of Stable Diffusion 1.4 and SDXL, against the textbook loop.
 
-    python benchmarks/closed_form.py --out runs/closed_form.json                    # all of it (some ten minutes on two free cores)
+    python benchmarks/closed_form.py --out runs/closed_form.json                    # all of it
     python benchmarks/closed_form.py --family sd1 --concepts 1 100 --out FILE       # a part
+    python benchmarks/closed_form.py --family sdxl --plain 0 --repeat 1 --out FILE  # five minutes of processor
+
+Most of all of it is the plain loop on SDXL: UCE for a hundred concepts alone took six minutes of processor.
 
 Weights are random and of the true shapes; texts are random rows of 77 tokens, three to eight of them words, already encoded. Every arm
 runs in a process of its own: seconds of the solve and of making every new map, the processor's seconds over all threads (which do not

@@ -251,6 +251,7 @@ def test_the_presets_for_each_kind_hold_the_readmes_values():
         ({"rounds": -1}, "an integer of at least 0"),
         ({"embedding_weight": 0}, "above 0"),
         ({"keep_weight": -0.1}, "at least 0"),
+        ({"start_keep_weight": -0.1}, "start_keep_weight was -0.1; expected a number of at least 0, or None"),
         ({"reference": "old"}, "current, original"),
     ],
 )

@@ -173,7 +173,9 @@ def test_the_condition_number_is_reported(tiny_model):
         ({"technique": "delete"}, "expected one of replace, tensor"),
         ({"scope": "begin"}, "last_subject_to_end"),
         ({"regulariser": 0}, "above 0"),
+        ({"regulariser": float("inf")}, "above 0"),
         ({"erase_scale": -1}, "at least 0"),
+        ({"keep_weight": -0.5}, "keep_weight was -0.5; expected a number of at least 0, or None"),
         ({"technique": "tensor", "form": "patch"}, "form='deltas'"),
     ],
 )

@@ -7,6 +7,7 @@ import tiny
 import torch
 from diffusers import StableDiffusionPipeline
 from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_lora_to_diffusers
+from models import compvis
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
@@ -156,6 +157,76 @@ def test_a_state_dict_of_trained_parameters_is_a_difference(tiny_model, tmp_path
     assert apart(drawn(pipeline), drawn(tiny_model.pipeline)) > 0.02
 
 
+@pytest.mark.parametrize("suffix", ["pt", "pth", "bin"])
+@pytest.mark.parametrize("form", ["flat", "state_dict", "networks"])
+def test_a_state_dict_that_torch_saved(tiny_model, suffix, form, tmp_path):
+    """As the older ESD and UCE scripts save, and Concept Ablation's by network."""
+    trained = {f"{KEY}.weight": tiny_model.pipeline.unet.get_parameter(f"{KEY}.weight").detach() + 0.1}
+    content = {"flat": trained, "state_dict": {"state_dict": trained}, "networks": {"unet": trained, "modifier_token": {}}}[form]
+    torch.save(content, tmp_path / f"esd.{suffix}")
+    edit = import_edit(tiny_model, tmp_path / f"esd.{suffix}", task="cat")
+    assert edit.names == {f"unet.{KEY}.weight"}
+    assert torch.allclose(edit.deltas[f"unet.{KEY}.weight"], torch.tensor(0.1), atol=1e-6)
+    assert edit.card.method == f"imported(source='esd.{suffix}')"
+
+
+def test_a_lora_that_torch_saved(tiny_model, tmp_path):
+    down, up = factors()
+    torch.save({f"unet.{KEY}.lora_A.weight": down, f"unet.{KEY}.lora_B.weight": up}, tmp_path / "pytorch_lora_weights.bin")
+    edit = import_edit(tiny_model, tmp_path / "pytorch_lora_weights.bin")
+    assert torch.allclose(edit.deltas(tiny_model)[f"unet.{KEY}.weight"], up @ down)
+
+
+class Trap:
+    """An object whose pickle writes a file when it is opened."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def test_no_code_of_a_pickle_runs(tiny_model, tmp_path):
+    torch.save({f"{KEY}.weight": Trap(str(tmp_path / "sprung"))}, tmp_path / "esd.pt")
+    with pytest.raises(InvalidEdit, match=r"without running its code .*convert it to \.safetensors"):
+        import_edit(tiny_model, tmp_path / "esd.pt")
+    assert not (tmp_path / "sprung").exists()
+    torch.load(tmp_path / "esd.pt", weights_only=False)[f"{KEY}.weight"].close()  # the control: the trap works
+    assert (tmp_path / "sprung").exists()
+
+
+def test_what_torch_saved_and_is_no_state_dict(tiny_model, tmp_path):
+    path = tmp_path / "esd.pt"
+    path.write_bytes(b"half")
+    with pytest.raises(InvalidEdit, match="no state dict that can be read"):
+        import_edit(tiny_model, path)
+    for content, message in (({"epoch": 3}, "an? int under 'epoch'"), (DOWN, "which .* does not have"), ([DOWN], "list under ''")):
+        torch.save(content, path)
+        with pytest.raises((InvalidEdit, Mismatch), match=message):
+            import_edit(tiny_model, path)
+
+
+def test_a_checkpoint_in_compvis_format_is_a_difference(tiny_model, tmp_path):
+    pipeline = tiny.pipeline()
+    pipeline.save_pretrained(tmp_path / "config")
+    pipeline.unet.conv_in.weight.data += 0.05
+    pipeline.text_encoder.encoder.layers[0].mlp.fc1.weight.data += 0.05
+    file = compvis.save(pipeline, tmp_path / "erased.safetensors")
+    edit = import_edit(tiny_model, file, config=tmp_path / "config")
+    assert edit.names == {"unet.conv_in.weight", "text_encoder.encoder.layers.0.mlp.fc1.weight"}
+    assert edit.card.method == "imported(source='erased.safetensors')"
+    assert apart(attached(tiny_model, edit), drawn(pipeline)) < SAME
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_pipeline_in_half_precision_differs_by_more_than_rounding(tiny_model, dtype, tmp_path):
+    pipeline = tiny.pipeline()
+    pipeline.unet.conv_in.bias.data += 1
+    pipeline.to(dtype=dtype).save_pretrained(tmp_path)
+    assert import_edit(tiny_model, tmp_path).names == {"unet.conv_in.bias"}
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_rounding_alone_is_no_difference(tiny_model, dtype, tmp_path):
     state = {n: p.detach().to(dtype) for n, p in tiny.pipeline().unet.named_parameters()}
@@ -222,7 +293,7 @@ BAD = {
     "one factor": ({f"{KOHYA}.lora_down.weight": DOWN}, InvalidEdit, "only one factor"),
     "DoRA": ({f"{KOHYA}.lora_down.weight": DOWN, f"{KOHYA}.dora_scale": UP}, Unsupported, "DoRA.*import that folder"),
     "something else": ({f"{KOHYA}.lora_down.weight": DOWN, "more": UP}, InvalidEdit, "'more' among the factors"),
-    "CompVis": ({"model.diffusion_model.out.2.weight": DOWN}, InvalidEdit, r"CompVis.*efface\.load"),
+    "a part of CompVis' format": ({"model.diffusion_model.out.2.weight": DOWN}, InvalidModel, "no checkpoint of Stable Diffusion"),
 }
 
 
@@ -236,9 +307,9 @@ def test_what_does_not_fit_is_named(tiny_model, case, tmp_path):
 def test_files_that_are_none(tiny_model, tmp_path):
     with pytest.raises(InvalidEdit, match="there is no file or folder"):
         import_edit(tiny_model, tmp_path / "none.safetensors")
-    (tmp_path / "esd.pt").touch()
+    (tmp_path / "esd.ckpt").touch()
     with pytest.raises(InvalidModel, match="pickle"):
-        import_edit(tiny_model, tmp_path / "esd.pt")
+        import_edit(tiny_model, tmp_path / "esd.ckpt")
     with pytest.raises(InvalidEdit, match=r"holds no \.safetensors file"):
         import_edit(tiny_model, tmp_path)
     (tmp_path / "a.safetensors").write_bytes(b"half")

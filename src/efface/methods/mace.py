@@ -33,7 +33,6 @@ Known failures: pictures of erased prompts are off prompt rather than replaced; 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar, Literal, final, get_args
@@ -43,7 +42,7 @@ from torch import Tensor, nn
 
 from efface.core import pictures
 from efface.core.edit import WeightEdit
-from efface.core.errors import InvalidMethod, InvalidTask
+from efface.core.errors import InvalidTask
 from efface.core.fitting import Fit, fitting
 from efface.core.method import Method, Needs, Paper, Resources
 from efface.core.model import Cond, Model
@@ -126,7 +125,7 @@ class MACE(Method):
     steps: int = 50
     """Steps of each text's adapter; 0 is the refinement alone."""
     lr: float = 1e-4
-    """Learning rate of the adapters (AdamW), in units of Stable Diffusion 1.x: `model.lr_scale` multiplies it."""
+    """Learning rate of the adapters (AdamW), in units of Stable Diffusion 1.x (`Model.learning_rate`)."""
     rank: int = 1
     """Of an adapter."""
     images: int = 8
@@ -161,21 +160,12 @@ class MACE(Method):
     """How the edit is kept; "patch", one matrix for all maps, is for `steps=0`."""
 
     def __post_init__(self) -> None:
-        for name, low, high in (("steps", 0, None), ("rank", 1, None), ("images", 1, None), ("sentences", 1, SENTENCES)):
-            value = getattr(self, name)
-            good = type(value) is int and value >= low and (high is None or value <= high)
-            self._check(name, good, f"an integer of at least {low}" + (f" and at most {high}" if high else ""))
-        for name in ("lr", "clip"):
-            self._check(name, 0 < getattr(self, name) < math.inf, "a number above 0")
-        for name in ("keep_weight", "fuse_keep_weight", "domain_weight", "null_weight", "regulariser", "weight_decay"):
-            self._check(name, 0 <= getattr(self, name) < math.inf, "a number of at least 0")
-        for name, valid in {"masks": ("attention", "none"), "loss": ("norm", "squared"), "form": get_args(Form)}.items():
-            self._check(name, getattr(self, name) in valid, f"one of {', '.join(valid)}")
-        self._check("form", self.form == "deltas" or self.steps == 0, "'deltas' unless steps=0, since adapters differ from map to map")
-
-    def _check(self, name: str, good: bool, expected: str) -> None:
-        if not good:
-            raise InvalidMethod(f"mace's {name} was {getattr(self, name)!r}; expected {expected}")
+        least = {"steps": 0, "rank": 1, "images": 1, "sentences": 1}
+        weights = ("keep_weight", "fuse_keep_weight", "domain_weight", "null_weight", "regulariser", "weight_decay")
+        choices = {"masks": ("attention", "none"), "loss": ("norm", "squared"), "form": get_args(Form)}
+        self.check_fields(at_least=least, above_zero=("lr", "clip"), from_zero=weights, one_of=choices)
+        self.check_field("sentences", self.sentences <= SENTENCES, f"at most {SENTENCES}")
+        self.check_field("form", self.form == "deltas" or self.steps == 0, "'deltas' unless steps=0, since adapters differ from map to map")
 
     def fit(self, model: Model, task: Task, *, seed: int = 0, resources: Resources = Resources()) -> WeightEdit:
         with fitting(self, model, task, seed, resources, lr=self.lr) as fit, advising(self._advice):

@@ -31,6 +31,7 @@ collapses; attacks that optimise embeddings against the network still succeed.""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, final, get_args
@@ -40,7 +41,7 @@ from torch import Tensor
 
 from efface.core.card import Card
 from efface.core.edit import Part, WeightEdit
-from efface.core.errors import Diverged, InvalidMethod
+from efface.core.errors import Diverged
 from efface.core.method import Method, Needs, Paper, Resources
 from efface.core.model import Model
 from efface.core.selection import Contest
@@ -72,9 +73,8 @@ def derive(gram: Tensor, factor: RightFactor, penalty: str, weight: float) -> De
     "zero" ρ‖x‖² · "text" ρ‖x − o‖², o the row of a text · "outputs" ρ Σ ‖W_i x − W_i c‖² · "inputs" ρ‖x − c‖² · "both" the last two.
     Raises IllConditioned."""
     eye = torch.eye(len(gram)).to(gram)
-    q = eye + factor.dense().to(gram)
-    cross = q.T @ gram
-    now = cross @ q
+    cross = (gram + factor.change(gram)).T  # QᵀG, by D's thin factors where it has some
+    now = cross + factor.change(cross)
     outputs, inputs = penalty in ("outputs", "both"), penalty in ("inputs", "both")
     system = Cholesky((1 + weight * outputs) * now, 0.0 if penalty == "outputs" else weight)
     wanted = cross + weight * (outputs * now + inputs * eye)
@@ -148,18 +148,10 @@ class RECE(Method):
 
     def __post_init__(self) -> None:
         choices = {"penalty": get_args(Penalty), "reference": ("current", "original"), "start": ("uce", "none"), "form": get_args(Form)}
-        for name, valid in choices.items():
-            self._check(name, getattr(self, name) in valid, f"one of {', '.join(valid)}")
-        self._check("rounds", type(self.rounds) is int and self.rounds >= 0, "an integer of at least 0")
-        for name in ("embedding_weight", "regulariser", "start_regulariser"):
-            self._check(name, 0 < getattr(self, name) < float("inf"), "a number above 0")
-        for name in ("erase_scale", "keep_weight", "start_keep_weight", "tolerated_drop"):
-            value = getattr(self, name)
-            self._check(name, value is None or 0 <= value < float("inf"), "a number of at least 0")
-
-    def _check(self, name: str, good: bool, expected: str) -> None:
-        if not good:
-            raise InvalidMethod(f"rece's {name} was {getattr(self, name)!r}; expected {expected}")
+        positive, weights = ("embedding_weight", "regulariser", "start_regulariser"), ("erase_scale", "keep_weight", "tolerated_drop")
+        self.check_fields(at_least={"rounds": 0}, above_zero=positive, from_zero=weights, one_of=choices)
+        start = self.start_keep_weight
+        self.check_field("start_keep_weight", start is None or 0 <= start < math.inf, "a number of at least 0, or None")
 
     def fit(self, model: Model, task: Task, *, seed: int = 0, resources: Resources = Resources()) -> WeightEdit:
         self.require(model, task)

@@ -34,7 +34,7 @@ from torch import Tensor
 
 from efface.core.card import Card
 from efface.core.edit import Part, WeightEdit
-from efface.core.errors import InvalidMethod, Unsupported
+from efface.core.errors import Unsupported
 from efface.core.method import Method, Needs, Paper, Resources
 from efface.core.model import Model
 from efface.core.sampling import seeded
@@ -111,16 +111,9 @@ class SPEED(Method):
     """Which rows of a text enter: its last subject token, or all behind the start token, summed (the code's for nudity)."""
 
     def __post_init__(self) -> None:
-        for name, valid in {"maps": ("v", "k", "kv"), "scope": ("last_subject", "all_but_start")}.items():
-            self._check(name, getattr(self, name) in valid, f"one of {', '.join(valid)}")
-        for name in ("keep_weight", "threshold"):
-            self._check(name, 0 < getattr(self, name) < float("inf"), "a number above 0")
-        self._check("regulariser", 0 <= self.regulariser < float("inf"), "a number of at least 0")
-        self._check("copies", type(self.copies) is int and self.copies >= 0, "an integer of at least 0")
-
-    def _check(self, name: str, good: bool, expected: str) -> None:
-        if not good:
-            raise InvalidMethod(f"speed's {name} was {getattr(self, name)!r}; expected {expected}")
+        choices = {"maps": ("v", "k", "kv"), "scope": ("last_subject", "all_but_start")}
+        positive = ("keep_weight", "threshold")
+        self.check_fields(at_least={"copies": 0}, above_zero=positive, from_zero=("regulariser",), one_of=choices)
 
     def fit(self, model: Model, task: Task, *, seed: int = 0, resources: Resources = Resources()) -> WeightEdit:
         self.require(model, task)

@@ -27,6 +27,7 @@ still carry it, since CLIP's text encoder is causal. SDXL's pooled embedding wou
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, final, get_args
@@ -36,7 +37,6 @@ from torch import Tensor
 
 from efface.core.card import Card
 from efface.core.edit import Part, WeightEdit
-from efface.core.errors import InvalidMethod
 from efface.core.method import Method, Needs, Paper, Resources
 from efface.core.model import Model
 from efface.core.task import Concept, Task
@@ -104,17 +104,10 @@ class UCE(Method):
 
     def __post_init__(self) -> None:
         choices = {"technique": get_args(Technique), "scope": SCOPES, "keep_scope": SCOPES, "form": get_args(Form)}
-        for name, valid in choices.items():
-            if getattr(self, name) not in valid:
-                raise InvalidMethod(f"uce's {name} was {getattr(self, name)!r}; expected one of {', '.join(valid)}")
-        if not self.regulariser > 0:
-            raise InvalidMethod(f"uce's regulariser was {self.regulariser}; expected a number above 0")
-        for name in ("erase_scale", "keep_weight"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < float("inf"):
-                raise InvalidMethod(f"uce's {name} was {value}; expected a number of at least 0")
-        if self.technique == "tensor" and self.form == "patch":
-            raise InvalidMethod("uce's technique 'tensor' has another change for each map, and no patch stands for all; use form='deltas'")
+        self.check_fields(above_zero=("regulariser",), from_zero=("erase_scale",), one_of=choices)
+        self.check_field("keep_weight", self.keep_weight is None or 0 <= self.keep_weight < math.inf, "a number of at least 0, or None")
+        whole = self.technique == "replace" or self.form == "deltas"
+        self.check_field("form", whole, "form='deltas' for the technique 'tensor', whose change is another one for each map")
 
     def fit(self, model: Model, task: Task, *, seed: int = 0, resources: Resources = Resources()) -> WeightEdit:
         self.require(model, task)

@@ -3,6 +3,8 @@
     import_edit(model, "lora.safetensors")        diffusers/PEFT's, kohya's or older names -> LowRankEdit
     import_edit(model, "peft-folder")             adapter_config.json + adapter_model.safetensors -> LowRankEdit
     import_edit(model, "esd-x.safetensors")       a state dict, whole or of the trained parameters only -> WeightEdit
+    import_edit(model, "esd-x.pt")                the same as torch.save wrote it, read without running any code
+    import_edit(model, "checkpoint.safetensors")  one file in CompVis' format, compared with the model -> WeightEdit
     import_edit(model, "pipeline-folder")         compared with the model, network by network -> WeightEdit
     import_edit(model, efface.load("other"))      the same for a model that is loaded already
 
@@ -20,7 +22,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from efface.core.card import Card, Fingerprint, versions
 from efface.core.edit import Edit, LowRankEdit, WeightEdit
@@ -43,20 +45,33 @@ OTHER = {
 }
 """Parts of keys in adapters that are no plain LoRA, and what they are."""
 COMPVIS = ("model.diffusion_model.", "cond_stage_model.", "first_stage_model.")
+SAVED_BY_TORCH = (".pt", ".pth", ".bin")
+"""Suffixes of state dicts that `torch.save` wrote."""
+HALF = (torch.bfloat16, torch.float16)
+"""The coarser first: most of its numbers are numbers of the other, too."""
 IGNORED = ("position_ids",)
 """Ends of keys that hold no parameter."""
 
 
-def import_edit(model: Model, source: str | Path | Model, *, task: Task | str | None = None, scale: float = 1.0) -> Edit:
+def import_edit(
+    model: Model,
+    source: str | Path | Model,
+    *,
+    task: Task | str | None = None,
+    scale: float = 1.0,
+    config: str | Path | None = None,
+) -> Edit:
     """What others made for `model`, as an edit that can be attached, measured, attacked, saved and exported.
 
-    source: a .safetensors file, a folder, or a loaded model of the same shape; see the module's docstring.
+    source: a file, a folder, or a loaded model of the same shape; see the module's docstring. Of files that `torch.save` wrote (.pt, .pth,
+        .bin) tensors in plain containers are read, and whatever else a pickle can hold is refused.
     task: what it is known to erase, for the card and as the prompts that must change when it is attached ("cat"); without, the empty
         prompt must.
     scale: of a LoRA: W + scale · (alpha / rank) up · down.
+    config: for a file in CompVis' format, as for `efface.load`; by default that of the model's family.
 
-    Files that efface wrote keep their card. A parameter of a state dict counts as unchanged where it equals the model's in the coarser of
-    the two number formats. Raises InvalidEdit (unreadable, or no plain LoRA), InvalidModel (a pickle, an unreadable folder), Mismatch (a
+    Files that efface wrote keep their card. A parameter counts as unchanged where it equals the model's in the coarser of the two number
+    formats. Raises InvalidEdit (unreadable, or no plain LoRA), InvalidModel (a file of another kind, an unreadable folder), Mismatch (a
     name or shape that the model does not have), NoEffect (nothing differs), ValueError (scale)."""
     if not math.isfinite(scale):
         raise ValueError(f"scale was {scale}; expected a finite number")
@@ -72,6 +87,8 @@ def import_edit(model: Model, source: str | Path | Model, *, task: Task | str | 
     card = Card.from_json(head["card"]) if "card" in head else _card(model, path.name, task)
     if head.get("format") == "efface-delta":
         return WeightEdit({name: tensor.float() for name, tensor in tensors.items()}, card)
+    if any(key.startswith(COMPVIS) for key in tensors):
+        return _compared(model, _checkpoint(model, path, config), card)
     if any(names.factor(key) for key in tensors):
         return LowRankEdit(_factors(model, tensors, _config(metadata, path), path), card, scale=scale)
     return WeightEdit(_differences(model, tensors, path), card)
@@ -89,12 +106,39 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of one file."""
     if not path.exists():
         raise InvalidEdit(f"there is no file or folder {path}; give a LoRA, a state dict in .safetensors, or a pipeline folder")
+    if path.suffix.lower() in SAVED_BY_TORCH:
+        return _unpickled(path), {}
     sniff.check_suffix(path)
     try:
         with safe_open(path, framework="pt") as file:
             return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
     except (SafetensorError, OSError) as error:
         raise InvalidEdit(f"{path} is no whole safetensors file ({error}); it is corrupt or truncated, fetch it again") from error
+
+
+def _unpickled(path: Path) -> dict[str, Tensor]:
+    """The tensors of a file that `torch.save` wrote: a state dict as it is, under "state_dict", or one for each network.
+
+    Torch's restricted unpickler makes tensors and plain containers, and calls nothing that the file names."""
+    try:
+        found = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a corrupt or forbidden pickle fails in many ways
+        raise InvalidEdit(
+            f"{path} is no state dict that can be read without running its code ({type(error).__name__}); convert it to .safetensors where "
+            "you trust its source (safetensors.torch.save_file of its state dict), or use a copy published as .safetensors"
+        ) from error
+    found = found.get("state_dict", found) if isinstance(found, dict) else {"": found}
+    nested = {name: part if isinstance(part, dict) else {"": part} for name, part in found.items()}
+    tensors = {".".join(filter(None, (name, key))): value for name, part in nested.items() for key, value in part.items()}
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor):
+            raise InvalidEdit(f"{path} holds a {type(value).__name__} under {name!r}; expected a state dict, which holds tensors only")
+    return tensors
+
+
+def _checkpoint(model: Model, path: Path, config: str | Path | None) -> Model:
+    """A whole model in CompVis' format. What a Stable Diffusion 2.x predicts cannot be told, and is not needed to compare weights."""
+    return load(path, config=config or ("sd2" if model.family == "sd2" else None))
 
 
 def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -186,8 +230,6 @@ def _scale(alpha: float | None, config: Mapping[str, Any], module: str, rank: in
 # -- weights -------------------------------------------------------------------------------------------------------------
 def _differences(model: Model, tensors: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
     """W' − W of the parameters that differ, for a state dict in diffusers' names, whole or partial."""
-    if any(key.startswith(COMPVIS) for key in tensors):
-        raise InvalidEdit(f"{path} is a checkpoint in CompVis' format; open it with efface.load and give the model itself as the source")
     own = _parameters(model)
     lookup = names.index(own)
     found = {}
@@ -216,9 +258,17 @@ def _compared(model: Model, other: Model, card: Card) -> WeightEdit:
         )
     for name, tensor in theirs.items():
         _check_shape(name, tuple(tensor.shape), tuple(own[name].shape), model, Path(other.id))
-    theirs = {name: tensor.reshape(own[name].shape) for name, tensor in theirs.items()}
+    formats = {name: _format(network) for name, network in other.components.items()}
+    theirs = {name: tensor.reshape(own[name].shape).to(formats[name.partition(".")[0]]) for name, tensor in theirs.items()}
     found = {n: t.detach().float().cpu() - own[n].detach().float().cpu() for n, t in theirs.items() if _differs(t, own[n])}
     return WeightEdit(_some(found, other.id, model), card)
+
+
+def _format(network: nn.Module) -> torch.dtype:
+    """What a network's weights were stored in: where loading widened them, every number still is one of the narrower format."""
+    parameters = [p.detach() for p in network.parameters()]
+    narrow = (dtype for dtype in HALF if all(torch.equal(p, p.to(dtype).to(p.dtype)) for p in parameters))
+    return next(narrow, parameters[0].dtype)
 
 
 def _differs(theirs: Tensor, own: Tensor) -> bool:
