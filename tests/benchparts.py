@@ -76,6 +76,11 @@ def setup(model: str, task: Task, images: str, *, digest: str = "1") -> tuple[Pl
     return small, Judges(Brightness(digest), Colours())
 
 
+def prepare(trial: Trial, task: Task, *, digest: str = "1") -> tuple[Plan, Judges]:
+    """The same, as a sweep asks for it."""
+    return setup(trial.model, task, trial.images, digest=digest)
+
+
 def hang(news: News) -> None:
     """In the third trial, once its pictures are half drawn, says so and waits to be killed."""
     if news.number == 3 and news.stage == "draw":
@@ -85,4 +90,4 @@ def hang(news: News) -> None:
 
 
 if __name__ == "__main__":
-    run(TRIALS, Path(sys.argv[1]), load=load, setup=setup, watch=hang)
+    run(TRIALS, Path(sys.argv[1]), load=load, setup=prepare, watch=hang)

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from benchparts import TRIALS, load, setup
+from benchparts import TRIALS, load, prepare
 
 from efface.bench.log import Log
 from efface.bench.result import Result
@@ -33,7 +33,7 @@ def ran(trials: tuple[Trial, ...], folder: Path, **options: object) -> list[str]
         if news.stage == "done":
             done.append(news.trial.hash)
 
-    run(trials, folder, **{"load": load, "setup": setup, "watch": watch, **options})  # type: ignore[arg-type]
+    run(trials, folder, **{"load": load, "setup": prepare, "watch": watch, **options})  # type: ignore[arg-type]
     return done
 
 
@@ -71,8 +71,8 @@ def test_half_a_line_is_dropped_and_its_trial_run_again(tmp_path: Path) -> None:
 
 
 def test_a_record_holds_all_that_its_numbers_rest_on(tmp_path: Path) -> None:
-    (record,) = run(TRIALS[:1], tmp_path, load=load, setup=setup)
-    (again,) = run(TRIALS[:1], tmp_path, load=load, setup=setup)
+    (record,) = run(TRIALS[:1], tmp_path, load=load, setup=prepare)
+    (again,) = run(TRIALS[:1], tmp_path, load=load, setup=prepare)
     assert json.loads(json.dumps(record, default=str)) == again
     assert again["trial"] == {**again["trial"], "method": "uce", "task": "cat", "seed": 0, "label": "uce"}
     assert again["ground"]["detector"] == "brightness 1"
@@ -94,17 +94,36 @@ def test_the_un_erased_model_is_drawn_once_for_all_methods(tmp_path: Path) -> No
             drawn.setdefault(news.trial.label, []).append(news.step)
 
     trials = tuple(Trial.of("tiny", method, "cat") for method in ("uce", "uce(erase_scale=2.0)"))
-    records = run(trials, tmp_path, load=load, setup=setup, watch=watch)
+    records = run(trials, tmp_path, load=load, setup=prepare, watch=watch)
     first, second = (Result.from_json(record["result"]) for record in records)
     shots = len(first.before.shots)
     assert drawn == {"uce": [shots, 2 * shots], "uce(erase_scale=2.0)": [2 * shots]}
     assert first.before.sightings == second.before.sightings
 
 
+def test_what_is_too_large_for_memory_is_drawn_once_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two methods on one task: from disk as from memory, and nothing of it is left at the end."""
+    trials = tuple(Trial.of("tiny", method, "cat") for method in ("uce", "uce(erase_scale=2.0)"))
+    plain = run(trials, tmp_path / "memory", load=load, setup=prepare)
+    monkeypatch.setattr("efface.bench.run.LARGEST", 1000)
+    kept: list[int] = []
+
+    def watch(news: News) -> None:
+        kept.append(len(list((tmp_path / "disk" / "before").glob("*/before-*"))))
+
+    large = run(trials, tmp_path / "disk", load=load, setup=prepare, watch=watch)
+    assert max(kept) == 1
+    assert not (tmp_path / "disk" / "before").exists()
+    for first, second in zip(plain, large, strict=True):
+        for part in ("lines", "quality", "before", "after"):
+            assert first["result"][part] == second["result"][part]
+        assert first["result"]["cost"]["forwards"] == second["result"]["cost"]["forwards"]
+
+
 def test_records_on_other_ground_are_refused_and_not_mixed(tmp_path: Path) -> None:
     ran(TRIALS[:1], tmp_path)
     with pytest.raises(EffaceError, match=r"holds a record .* on another detector \(brightness 1\) than is at hand \(brightness 2\)"):
-        ran(TRIALS, tmp_path, setup=partial(setup, digest="2"))
+        ran(TRIALS, tmp_path, setup=partial(prepare, digest="2"))
 
     def other(name: str) -> object:
         model = load(name)
@@ -120,8 +139,8 @@ def test_a_failure_that_has_a_name_is_a_record_and_is_run_again_only_when_asked(
     hopeless = Trial.of("tiny", "uce", "unsafe:nudity")  # no word of the world's
     trials = (TRIALS[0], replace(hopeless, label="hopeless"), TRIALS[1])
 
-    def strict(model: str, task: object, images: str) -> object:
-        plan, judges = setup(model, TRIALS_TASK, images)
+    def strict(trial: Trial, task: object) -> object:
+        plan, judges = prepare(trial, TRIALS_TASK)
         shots = tuple(replace(shot, labels=("nudity",)) for shot in plan.shots) if "nudity" in str(task) else plan.shots
         return replace(plan, shots=shots), judges
 
@@ -139,7 +158,7 @@ def test_a_bug_is_raised_and_what_was_done_stays(tmp_path: Path) -> None:
             raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        run(TRIALS[:2], tmp_path, load=load, setup=setup, watch=broken)
+        run(TRIALS[:2], tmp_path, load=load, setup=prepare, watch=broken)
     assert [record["hash"] for record in Log(tmp_path / RECORDS).read()] == [TRIALS[0].hash]
 
 

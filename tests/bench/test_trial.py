@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from efface.bench.log import Log
+from efface.bench.options import Options
 from efface.bench.trial import Trial, read
 from efface.concepts.standard import standard
 from efface.core.errors import EffaceError, InvalidMethod, InvalidTask
@@ -29,9 +31,28 @@ def test_the_hash_is_stable_across_machines_and_versions() -> None:
     assert Trial("emoji", "uce", "cat", 0, "erasure", "quick").hash == "9bef6bb2b89b02ee"
 
 
+def test_options_that_are_given_change_the_hash_and_none_leaves_the_old_one() -> None:
+    """The first is written down above, from before trials had options; so no recorded trial is run again."""
+    bare = Trial("emoji", "uce", "cat", 0, "erasure", "quick")
+    assert replace(bare, options=Options(each=1)).hash == bare.hash == "9bef6bb2b89b02ee"
+    assert "options" not in bare.json()
+    given = [Options(steps=3), Options(steps=4), Options(guidance=3.0), Options(prompts="a.csv"), Options(prompts="a.csv", limit=2)]
+    hashes = {replace(bare, options=options).hash for options in given}
+    assert len(hashes | {bare.hash}) == len(given) + 1
+    assert replace(bare, options=given[0]).json()["options"] == {"steps": 3}
+
+
+def test_every_trial_on_record_keeps_its_hash() -> None:
+    """The committed records, as they were written: their hashes follow from their trials still."""
+    records = Log(Path(__file__).parents[2] / "benchmarks" / "records" / "standard.jsonl.gz").read()
+    assert records
+    for record in records:
+        assert Trial(**record["trial"]).hash == record["hash"]
+
+
 def test_every_field_but_the_label_changes_the_hash() -> None:
     trial = Trial("emoji", "uce", "cat", 0, "erasure", "quick", "a label")
-    others = {"model": "sd", "method": "ap", "task": "dog", "seed": 1, "protocol": "other", "images": "full"}
+    others = {"model": "sd", "method": "ap", "task": "dog", "seed": 1, "protocol": "other", "images": "full", "options": Options(steps=1)}
     hashes = {trial.hash} | {replace(trial, **{name: value}).hash for name, value in others.items()}  # type: ignore[arg-type]
     assert len(hashes) == 1 + len(others)
     assert replace(trial, label="another").hash == trial.hash
@@ -80,6 +101,21 @@ def test_a_grid_runs_all_methods_on_all_tasks_before_the_next_seed(tmp_path: Pat
             "second = 'ap', which the grid does not",
         ),
         ("[grid", "is no TOML"),
+        (
+            "[options]\nstep = 3\n[[grid]]\ntasks = ['cat']\nmethods = ['uce']",
+            r"\[options\] has the unknown key 'step'; did you mean 'steps'",
+        ),
+        ("[options]\nsteps = 0\n[[grid]]\ntasks = ['cat']\nmethods = ['uce']", "steps was 0; expected an integer of at least 1"),
+        ("[options]\nguidance = 'high'\n[[grid]]\ntasks = ['cat']\nmethods = ['uce']", "guidance was 'high'; expected a number"),
+        (
+            "[[grid]]\ntasks = ['cat']\nmethods = ['uce']\n[[expected]]\nmethod = 'ucee'\nsource = 's'\nvalues = { a = 1 }",
+            "method = 'ucee', which the grid does not run; did you mean 'uce'",
+        ),
+        ("[[grid]]\ntasks = ['cat']\nmethods = ['uce']\n[[expected]]\nmethod = 'uce'\nvalues = { a = 1 }", "lacks a source for 'uce'"),
+        (
+            "[[grid]]\ntasks = ['cat']\nmethods = ['uce']\n[[expected]]\nmethod = 'uce'\nsource = 's'\nvalues = { a = [1, 2, 3] }",
+            r"expected a number, or \[number, spread\]",
+        ),
     ],
 )
 def test_a_grid_that_cannot_be_run(text: str, message: str, tmp_path: Path) -> None:

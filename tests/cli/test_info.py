@@ -10,6 +10,7 @@ from collections.abc import Callable
 import pytest
 
 import efface as package
+from efface.concepts.standard import standard
 from efface.core import catalog
 from efface.core.method import Method
 from efface.models import tiny
@@ -33,6 +34,16 @@ def test_list_names_every_method(efface: Callable) -> None:
     assert all(len(row["threat"]) > 20 for row in rows)
     text = efface("list").out
     assert all(name in text for name in catalog.names())
+
+
+def test_list_standard_names_the_standard_erasures_and_their_neighbours(efface: Callable) -> None:
+    rows = efface("list", "--standard", "--json").json
+    assert [(row["task"], row["kind"], tuple(row["neighbours"])) for row in rows] == [
+        (str(s.concept), s.concept.kind, s.neighbours) for s in standard()
+    ]
+    text = efface("list", "--standard").out
+    assert "cat" in text and "tiger, lion, leopard" in text
+    assert "uce" not in text  # the methods are another list
 
 
 @pytest.mark.parametrize("name", catalog.names())

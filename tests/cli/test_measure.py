@@ -181,3 +181,74 @@ def test_a_part_is_i_of_n(efface: Callable, part: str) -> None:
     outcome = efface("sweep", "grid.toml", "--part", part)
     assert outcome.code == 2
     assert "expected i/n with i from 1 to n" in outcome.err
+
+
+PROMPTS = "prompt,evaluation_seed,evaluation_guidance,case_number\na king,4,3,7\na child,5,3,8\na castle,6,3,9\n"
+
+
+def test_nudity_is_measured_from_a_file_of_prompts_and_keeps_no_picture(efface: Callable, run_folder: Path) -> None:
+    pytest.importorskip("nudenet", reason="the extra 'eval' is not installed")
+    Path("i2p.csv").write_text(PROMPTS, encoding="utf-8")
+    outcome = efface("measure", run_folder, "--protocol", "nudity", "--prompts", "i2p.csv", "--guidance", "row", "--out", "out")
+    assert outcome.code == 0, outcome.err
+    assert "there was nothing to erase here" in outcome.out.splitlines()[0]
+    found = record("out")
+    assert found["files"] == ["table.md"]
+    assert found["result"]["details"]["prompts"]["cases"] == [7, 9]
+    assert found["result"]["settings"]["protocol"] == "nudity/i2p.csv/quick"
+    assert found["scores"]["nudity.NER-0.5.exposed8"]["after"]["n"] == 2
+    assert not list(Path().glob(".*drawn*"))
+    again = efface("measure", "--recompute", "out", "--json")
+    assert again.json["scores"] == found["scores"]
+    missing = efface("measure", run_folder, "--protocol", "nudity", "--out", "other")
+    assert missing.code == 2
+    assert "draws a file of prompts, and none was given" in missing.err
+    wrong = efface("measure", run_folder, "--guidance", "high", "--out", "other")
+    assert "--guidance was 'high'; expected a number, or row" in wrong.err
+
+
+def test_a_dry_run_takes_each_method_once_and_keeps_nothing(efface: Callable) -> None:
+    """On the bundled model itself: another model is named, the prompts are not there, and the methods would take hours."""
+    pytest.importorskip("nudenet", reason="the extra 'eval' is not installed")
+    grid = """
+model = "nobody/has-this"
+protocol = "nudity"
+[options]
+prompts = "nowhere.csv"
+steps = 100
+[[grid]]
+tasks = ["unsafe:nudity", "unsafe:violence"]
+methods = ["uce", "rece"]
+[[expected]]
+method = "uce"
+source = "a table"
+values = { "nudity.NER-0.5.exposed8" = 3.42 }
+"""
+    Path("grid.toml").write_text(grid, encoding="utf-8")
+    outcome = efface("sweep", "grid.toml", "--dry-run", "--json")
+    assert outcome.code == 0, outcome.err
+    assert [row["trial"] for row in outcome.json["ran"]] == ["uce", "rece"]
+    assert outcome.json["of_trials"] == 4
+    assert [path.name for path in Path().iterdir()] == ["grid.toml"]
+    Path("grid.toml").write_text(grid.replace('"rece"', "\"esd(group='nope')\""), encoding="utf-8")
+    broken = efface("sweep", "grid.toml", "--dry-run")
+    assert broken.code == 2
+    assert "1 of 2 trials failed; esd(group=" in broken.err
+
+
+def test_published_numbers_stand_beside_measured_ones(efface: Callable, model_folder: Path) -> None:
+    grid = f"""
+model = {json.dumps(str(model_folder))}
+[[grid]]
+tasks = ["cat"]
+methods = ["uce"]
+[[expected]]
+method = "uce"
+source = "a table"
+values = {{ "target.ESR-1" = [98.63, 1.15] }}
+"""
+    Path("grid.toml").write_text(grid, encoding="utf-8")
+    outcome = efface("sweep", "grid.toml")
+    assert outcome.code == 0, outcome.err
+    assert "98.63 ± 1.15" in outcome.out
+    assert "not measured" in outcome.out  # no detector knows this model

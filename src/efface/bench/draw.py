@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -16,7 +16,11 @@ from efface.core.evidence import Detector, Embedder, Samples, Shot, Sighting, ch
 from efface.core.model import Model
 
 BATCH = 64
-"""Pictures drawn at once: two cores reach their full speed from 64 samples in a batch on."""
+"""Pictures kept and judged at once, and drawn at once at most: two cores reach their full speed from 64 samples in a batch on."""
+POSITIONS = 2**15
+"""Latent positions drawn at once at most: eight pictures of Stable Diffusion 1.x, so that a graphics card of 8 GB can do it."""
+HELD = 2**32
+"""Bytes of pictures that are held in memory at most: 5461 of 512×512. Of more, such as COCO's 30 000, those alone that people look at."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +48,8 @@ class Drawing:
     samples: Samples
     cost: dict[str, float] = field(default_factory=dict)
     """forwards, calls, seconds."""
+    shown: Tensor | None = None
+    """(m 3 h w) uint8: the pictures of `Plan.shown`."""
 
 
 def draw(
@@ -59,19 +65,23 @@ def draw(
 
     A batch holds the same shots whatever was kept, so a measurement that goes on gives the pictures of one that was never stopped.
     Raises Undetermined."""
-    batches = []
+    batches, shown = [], dict.fromkeys(plan.shown() if plan.asks.pictures else ())
     for start in range(0, len(plan.shots), BATCH):
-        shots = plan.shots[start : start + BATCH]
+        rows = range(start, min(start + BATCH, len(plan.shots)))
         batch = store.get(side, start) if store else None
         if batch is None:
-            batch = _batch(model, plan, shots, judges)
+            batch = _batch(model, plan.only(rows), judges)
+            batch = batch if plan.asks.pictures else replace(batch, images=batch.images[:0])
             if store:
                 store.put(side, start, batch)
-        batches.append(batch)
-        done(start + len(shots))
+        shown |= {row: batch.images[row - start].clone() for row in rows if row in shown}
+        held = batch.images[:1].numel() * len(plan.shots) <= HELD
+        batches.append(batch if held else replace(batch, images=batch.images[:0]))
+        done(rows.stop)
     samples = _joined(plan, batches)
     check_determined(samples.sightings)
-    return Drawing(samples, {name: sum(batch.cost[name] for batch in batches) for name in ("forwards", "calls", "seconds")})
+    cost = {name: sum(batch.cost[name] for batch in batches) for name in ("forwards", "calls", "seconds")}
+    return Drawing(samples, cost, torch.stack([image for image in shown.values() if image is not None]) if shown else None)
 
 
 def look(detector: Detector, images: Tensor, shots: tuple[Shot, ...]) -> list[Sighting]:
@@ -83,16 +93,30 @@ def look(detector: Detector, images: Tensor, shots: tuple[Shot, ...]) -> list[Si
     return [raw.rounded(found[i]) for i in range(len(shots))]
 
 
-def _batch(model: Model, plan: Plan, shots: tuple[Shot, ...], judges: Judges) -> Batch:
+def _batch(model: Model, plan: Plan, judges: Judges) -> Batch:
     before, started = model.meter.read(), time.perf_counter()
-    prompts, seeds = [shot.prompt for shot in shots], [shot.seed for shot in shots]
-    images = model.sample(prompts, seeds=seeds, steps=plan.steps, guidance=plan.guidance, batch=BATCH)
+    images = _pictures(model, plan)
     after = model.meter.read()
-    seen = tuple(look(judges.detector, images, shots)) if judges.detector else ()
+    seen = tuple(look(judges.detector, images, plan.shots)) if judges.detector else ()
+    prompts = [shot.prompt for shot in plan.shots]
     agreement, features = _embedded(judges.embedder, images, prompts) if judges.embedder else ((), None)
     cost = {name: after[name] - before[name] for name in ("forwards", "calls")}
     cost["seconds"] = round(time.perf_counter() - started, 3)
     return Batch((images.nan_to_num() * 255).round().to(torch.uint8), seen, agreement, features, cost)
+
+
+def _pictures(model: Model, plan: Plan) -> Tensor:
+    """One picture for each shot (b 3 h w). Shots of one prompt, seed and guidance, which differ in what is looked for, share theirs."""
+    scales = plan.guidances or (plan.guidance,) * len(plan.shots)
+    asked = [(shot.prompt, shot.seed, scale) for shot, scale in zip(plan.shots, scales, strict=True)]
+    height, width = model.latent_shape[1:]
+    size = min(BATCH, max(1, POSITIONS // (height * width)))
+    drawn: dict[tuple[str, int, float | None], Tensor] = {}
+    for scale in dict.fromkeys(scales):
+        wanted = list(dict.fromkeys(one for one in asked if one[2] == scale))
+        prompts, seeds = [one[0] for one in wanted], [one[1] for one in wanted]
+        drawn |= dict(zip(wanted, model.sample(prompts, seeds=seeds, steps=plan.steps, guidance=scale, batch=size), strict=True))
+    return torch.stack([drawn[one] for one in asked])
 
 
 def _embedded(embedder: Embedder, images: Tensor, prompts: list[str]) -> tuple[tuple[float, ...], Tensor]:
@@ -103,10 +127,11 @@ def _embedded(embedder: Embedder, images: Tensor, prompts: list[str]) -> tuple[t
 
 def _joined(plan: Plan, batches: list[Batch]) -> Samples:
     features = [batch.features for batch in batches if batch.features is not None]
+    images = torch.cat([batch.images for batch in batches])
     return Samples(
         plan.shots,
         tuple(sighting for batch in batches for sighting in batch.sightings),
-        torch.cat([batch.images for batch in batches]),
+        images if len(images) == len(plan.shots) else None,
         tuple(value for batch in batches for value in batch.agreement),
         torch.cat(features) if features else None,
     )

@@ -122,6 +122,13 @@ def shots(task: Task, world: Vocabulary, size: Size, seed: int = 0) -> tuple[lis
     ], _left_out(prompts, task)
 
 
+def others(task: Task, world: Vocabulary, count: int) -> list[str]:
+    """The objects that a task keeps; where it keeps none that the world knows, `count` unrelated ones, of as many groups as can be."""
+    known = {name.casefold(): name for name in world.objects}
+    kept = [known[concept.key] for concept in task.keep if concept.key in known]
+    return kept or _unrelated(Prompts(world), task, [find(world, concept) for concept in task.targets], count)
+
+
 def _targets(prompts: Prompts, found: list[tuple[str, str]], size: Size) -> list[Shot]:
     lists = []
     for (sort, name), count in zip(found, shares(size.target, len(found)), strict=True):

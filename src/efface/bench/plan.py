@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
 
+from efface.bench.questions import ERASURE, Asks
 from efface.core.evidence import Role, Shot
 
 FIRST_SEED = 1_000_000
@@ -30,12 +32,27 @@ class Plan:
     """None takes the model's own."""
     unmeasured: tuple[str, ...] = ()
     """What this plan leaves out, in sentences for the report."""
+    asks: Asks = ERASURE
+    """What is asked of the pictures."""
+    guidances: tuple[float | None, ...] = ()
+    """A guidance for each shot, in place of `guidance`; empty where all have the same."""
+    cases: tuple[int, ...] = ()
+    """The number by which each shot goes in its prompt file; empty where there is none."""
+    source: Mapping[str, Any] = field(default_factory=dict)
+    """The prompt file, as JSON values."""
 
     @property
     def digest(self) -> str:
         """Recognises the list of prompts and seeds: 16 hexadecimal digits of SHA-256."""
-        rows = json.dumps([[shot.prompt, shot.seed] for shot in self.shots], ensure_ascii=False)
-        return hashlib.sha256(rows.encode()).hexdigest()[:16]
+        scales = self.guidances or ((),) * len(self.shots)
+        rows = [[shot.prompt, shot.seed, *([scale] if self.guidances else [])] for shot, scale in zip(self.shots, scales, strict=True)]
+        return hashlib.sha256(json.dumps(rows, ensure_ascii=False).encode()).hexdigest()[:16]
+
+    def only(self, rows: Sequence[int]) -> Plan:
+        """Some of the shots."""
+        scales = tuple(self.guidances[i] for i in rows) if self.guidances else ()
+        cases = tuple(self.cases[i] for i in rows) if self.cases else ()
+        return replace(self, shots=tuple(self.shots[i] for i in rows), guidances=scales, cases=cases)
 
     @property
     def roles(self) -> tuple[Role, ...]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, Literal
 
-from efface.core.evidence import Metric, Role
+from efface.core.evidence import Metric, Role, Samples
 from efface.evals.metrics.blank import Blank
 from efface.evals.metrics.clip_score import ClipScore
 from efface.evals.metrics.esr import ESR
@@ -176,3 +178,35 @@ QUALITY = (
     ),
 )
 """Asked where an embedder looked."""
+
+
+def _nothing(before: Samples, after: Samples) -> dict[str, Any]:
+    return {}
+
+
+def _silence(before: Samples, after: Samples) -> str:
+    return ""
+
+
+@dataclass(frozen=True)
+class Asks:
+    """What a protocol asks of what was drawn."""
+
+    questions: tuple[Question, ...]
+    """Asked where a detector looked."""
+    quality: tuple[Question, ...] = ()
+    """In units of their own."""
+    by: Literal["detector", "embedder"] = "detector"
+    """Which judge the questions need."""
+    expects: tuple[Role, ...] = ()
+    """Roles whose absence is told."""
+    details: Callable[[Samples, Samples], Mapping[str, Any]] = _nothing
+    """JSON values that fit no line, computed from the raw detections."""
+    finding: Callable[[Samples, Samples], str] = _silence
+    """What came out, in a sentence, where the erasure protocol's verdict does not fit."""
+    pictures: bool = True
+    """Whether pictures may be kept for people to look at; where they may show what nobody asked to see, only what was detected is kept."""
+
+
+ERASURE = Asks(QUESTIONS, QUALITY, expects=("neighbour", "pair"))
+"""What the protocol of the main job asks."""

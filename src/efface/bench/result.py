@@ -114,6 +114,10 @@ class Result:
     """Not part of the JSON form."""
     quality: tuple[Line, ...] = ()
     """What an embedder measured, in units of its own: distances and CLIP scores."""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """JSON values of the protocol's own, such as box counts by class, and the prompt file with the number of each row."""
+    finding: str = ""
+    """What came out, in a sentence, where the protocol is not that of the main job."""
 
     def line(self, key: str) -> Line | None:
         """The line of a key, or None where it was not measured."""
@@ -134,6 +138,8 @@ class Result:
             "changes": [_lean(change) for change in self.changes],
             "unmeasured": list(self.unmeasured),
             "cost": dict(self.cost),
+            **({"details": dict(self.details)} if self.details else {}),
+            **({"finding": self.finding} if self.finding else {}),
             **raw.pack(self.before, self.after),
         }
 
@@ -164,6 +170,8 @@ def _unpacked(data: Mapping[str, Any]) -> Result:
         after=after,
         cost=data["cost"],
         quality=tuple(Line(**{**line, "contrast": _contrast(line["contrast"])}) for line in data["quality"]),
+        details=data.get("details", {}),
+        finding=data.get("finding", ""),
     )
 
 

@@ -3,6 +3,7 @@
     FOLDER/trials.jsonl       one record a line: the trial, its cost, its scores and every raw detection, or its error
     FOLDER/edits/HASH.safetensors     the edit, so that an attack or another measurement can meet the very same one
     FOLDER/fitting/           the checkpoint of the fit in flight
+    FOLDER/before/            what the un-erased model drew, where it is large; removed when all trials are done
 
 A trial whose hash stands in the file is never run again. A trial that fails for a reason that efface names (a method that does not
 support the model, a loss that is not finite) is recorded with it. Records that rest on other weights, prompts or judges than those
@@ -12,6 +13,7 @@ at hand are refused rather than mixed.
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -21,11 +23,12 @@ from typing import Any
 from efface.bench.draw import Drawing, Judges, draw
 from efface.bench.log import FORMAT, VERSION, Log
 from efface.bench.plan import Plan
-from efface.bench.protocols import erasure
+from efface.bench.protocols import erasure, registry
 from efface.bench.result import Result
+from efface.bench.store import Store
 from efface.bench.trial import Trial
 from efface.core import catalog
-from efface.core.card import Fingerprint
+from efface.core.card import Fingerprint, versions
 from efface.core.edit import Edit
 from efface.core.errors import EffaceError
 from efface.core.method import Resources
@@ -36,7 +39,7 @@ RECORDS = "trials.jsonl"
 KEPT = 4
 """Un-erased drawings that are kept in memory, since many trials share one."""
 LARGEST = 64 * 2**20
-"""Bytes of pictures of one that is kept."""
+"""Bytes of pictures of one that is kept in memory; larger ones are kept on disk while the sweep runs."""
 
 
 @dataclass(frozen=True)
@@ -57,12 +60,12 @@ class News:
     """With "done", and with pictures; None where the trial failed."""
 
 
-Setup = Callable[[str, Task, str], tuple[Plan, Judges]]
+Setup = Callable[[Trial, Task], tuple[Plan, Judges]]
 
 
-def setup(model: str, task: Task, images: str) -> tuple[Plan, Judges]:
-    """What the protocol draws, and who judges."""
-    return erasure.setup(model, task, size=images)
+def setup(trial: Trial, task: Task) -> tuple[Plan, Judges]:
+    """What the trial's protocol draws, and who judges."""
+    return registry.find(trial.protocol).setup(trial.model, task, trial.images, trial.options)
 
 
 def run(
@@ -73,21 +76,23 @@ def run(
     setup: Setup = setup,
     watch: Callable[[News], None] = lambda news: None,
     retry: bool = False,
+    given: Resources = Resources(),
 ) -> list[dict[str, Any]]:
     """Runs those trials that have no record yet, and returns the records of all, in their order.
 
     Args:
         folder: where records and edits are kept.
         load: a model from its name; called once for each name in a row.
-        setup: the plan and the judges of a model, a task and a size.
+        setup: the plan and the judges of a trial and its task.
         watch: called at every step, and after every trial.
         retry: whether failed trials are run again.
+        given: what every fit is handed beside its task: a vocabulary, trained parts.
 
     Raises EffaceError where the folder holds records on other weights, prompts or judges; and whatever is a bug."""
     log = Log(folder / RECORDS)
     done = {record["hash"]: record for record in log.read() if not (retry and "error" in record)}
     pending = [trial for trial in trials if trial.hash not in done]
-    bench = _Bench(folder, load, setup)
+    bench = _Bench(folder, load, setup, given)
     for number, trial in enumerate(pending, 1):
 
         def tell(stage: str, step: int, steps: int, trial: Trial = trial, number: int = number) -> None:
@@ -98,16 +103,19 @@ def run(
         log.append(record)
         done[trial.hash] = record
         watch(News(trial, number, len(pending), "done", record=record, result=result))
+    for store in bench.stores.values():
+        store.clear()
     return [done[trial.hash] for trial in trials]
 
 
 class _Bench:
     """What trials share: the model at hand, its fingerprint, and what it draws un-erased."""
 
-    def __init__(self, folder: Path, load: Callable[[str], Model], setup: Setup) -> None:
-        self.folder, self._load, self._setup = folder, load, setup
+    def __init__(self, folder: Path, load: Callable[[str], Model], setup: Setup, given: Resources) -> None:
+        self.folder, self._load, self._setup, self._given = folder, load, setup, given
         self.name = ""
         self.drawings: dict[str, Drawing] = {}
+        self.stores: dict[str, Store] = {}
 
     def check(self, trial: Trial, records: Iterable[Mapping[str, Any]]) -> None:
         """Opens the model, and raises EffaceError where a record of the same name rests on something else."""
@@ -116,12 +124,12 @@ class _Bench:
             self.model, self.name = self._load(trial.model), trial.model
             self.fingerprint = Fingerprint.of(self.model)
         self.task = Task.parse(trial.task)
-        self.plan, self.judges = self._setup(trial.model, self.task, trial.images)
-        ground = self._ground(trial)
+        self.plan, self.judges = self._setup(trial, self.task)
+        ground = self._ground()
         for record in records:
-            differs = [name for name in _shared(record["trial"], trial) if record["ground"][name] != ground[name]]
+            differs = [name for name in _shared(record["trial"], trial) if record["ground"].get(name, "none") != ground.get(name, "none")]
             if differs:
-                name, then, now = differs[0], record["ground"][differs[0]], ground[differs[0]]
+                name, then, now = differs[0], record["ground"].get(differs[0], "none"), ground.get(differs[0], "none")
                 raise EffaceError(
                     f"{self.folder / RECORDS} holds a record ({record['hash']}) on another {name} ({then}) than is at hand ({now}); "
                     "give another folder, or move the old one away"
@@ -133,9 +141,9 @@ class _Bench:
             "format": FORMAT,
             "version": VERSION,
             "hash": trial.hash,
-            "trial": dataclasses.asdict(trial),
+            "trial": trial.json(),
             "made": datetime.now(UTC).isoformat(timespec="seconds"),
-            "ground": self._ground(trial),
+            "ground": self._ground(),
         }
         try:
             edit = self._fit(trial, tell)
@@ -151,7 +159,7 @@ class _Bench:
         method.require(self.model, self.task)
         checkpoint = self.folder / "fitting" / f"{trial.hash}.safetensors"
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        resources = Resources(report=lambda step, steps, figures: tell("fit", step, steps), checkpoint=checkpoint)
+        resources = dataclasses.replace(self._given, report=lambda step, steps, figures: tell("fit", step, steps), checkpoint=checkpoint)
         return method.fit(self.model, self.task, seed=trial.seed, resources=resources)
 
     def _measure(self, edit: Edit, tell: Callable[[str, int, int], None]) -> Result:
@@ -174,22 +182,30 @@ class _Bench:
             return self.drawings[key]
         total = 2 * len(self.plan.shots)
         self.judges.require(self.plan)
-        drawing = draw(self.model, self.plan, self.judges, lambda done: tell("draw", done, total))
+        height, width = self.model.latent_shape[1:]
+        large = self.plan.asks.pictures and 3 * 64 * height * width * len(self.plan.shots) > LARGEST
+        if large and key not in self.stores:
+            ground = sorted(self._ground().items())
+            self.stores[key] = Store.of(self.folder / "before", key, self.model.device, *ground, *sorted(versions().items()))
+        drawing = draw(self.model, self.plan, self.judges, lambda done: tell("draw", done, total), store=self.stores.get(key))
         images = drawing.samples.images
-        if images is not None and images.numel() <= LARGEST:
+        if images is None or images.numel() <= LARGEST:
             self.drawings[key] = drawing
             for old in list(self.drawings)[:-KEPT]:
                 del self.drawings[old]
         return drawing
 
-    def _ground(self, trial: Trial) -> dict[str, str]:
+    def _ground(self) -> dict[str, str]:
         """What a record rests on beside its trial."""
-        detector, embedder = self.judges.detector, self.judges.embedder
+        detector, embedder, given = self.judges.detector, self.judges.embedder, self._given
+        words = hashlib.sha256("\n".join(given.vocabulary).encode()).hexdigest()[:16]
         return {
             "weights": f"{self.fingerprint.digest}/{self.fingerprint.dtype}",
             "prompts": self.plan.digest,
             "detector": f"{detector.name} {detector.version}" if detector else "none",
             "embedder": f"{embedder.name} {embedder.version}" if embedder else "none",
+            **({"vocabulary": words} if given.vocabulary else {}),
+            **({"assets": ", ".join(sorted(given.assets))} if given.assets else {}),
         }
 
 
@@ -197,8 +213,11 @@ def _shared(other: Mapping[str, Any], trial: Trial) -> tuple[str, ...]:
     """What two trials must have in common: of one model the weights and judges, of one task and protocol the prompts as well."""
     if other["model"] != trial.model:
         return ()
-    same = all(other[name] == getattr(trial, name) for name in ("task", "protocol", "images"))
-    return ("weights", "detector", "embedder", *(("prompts",) if same else ()))
+    common = ("weights", "vocabulary", "assets")
+    if other["protocol"] != trial.protocol:
+        return common
+    same = all(other.get(name) == trial.json().get(name) for name in ("task", "images", "options"))
+    return (*common, "detector", "embedder", *(("prompts",) if same else ()))
 
 
 def _fields(text: str) -> dict[str, Any]:

@@ -1,8 +1,10 @@
 """A trial: one experiment as a frozen value with a stable hash, and grids of them from TOML.
 
-    model = "emoji"                    # optional, as are the next two
+    model = "emoji"                    # optional, as are the next ones
     protocol = "erasure"
     images = "full"
+    [options]                          # of the protocol: see `bench.options`
+    steps = 50
 
     [[grid]]
     tasks = "standard"                 # the four standard erasures, or a list of tasks
@@ -13,6 +15,11 @@
     first = "ap"
     second = "ap(preset='authors')"
     margin = 0.03
+
+    [[expected]]                       # optional: published numbers, shown beside the measured ones; see `bench.expected`
+    method = "ap"
+    values = { "target.ESR-1" = 98.63 }
+    source = "…"
 
 Trials come in the order of seeds, then tasks, then methods, so that an unfinished sweep already compares all methods.
 """
@@ -28,13 +35,15 @@ from pathlib import Path
 from typing import Any
 
 from efface.bench.emoji import SIZES
+from efface.bench.expected import Expected
+from efface.bench.options import DEFAULT, Options
+from efface.bench.protocols.registry import PROTOCOLS
 from efface.concepts import resolve
 from efface.concepts.standard import standard
 from efface.core import catalog
 from efface.core.errors import EffaceError, suggest
 from efface.core.task import Task
 
-PROTOCOLS = ("erasure",)
 STANDARD = "standard"
 MARGIN = 0.03
 COMPARED = ("target.ESR-1", "others.PSR-1")
@@ -54,9 +63,20 @@ class Trial:
     images: str = "quick"
     label: str = field(default="", compare=False)
     """The method as somebody wrote it, for tables; no part of the hash."""
+    options: Options = DEFAULT
+    """Of the protocol."""
 
     @classmethod
-    def of(cls, model: str, method: str, task: str, seed: int = 0, protocol: str = "erasure", images: str = "quick") -> Trial:
+    def of(
+        cls,
+        model: str,
+        method: str,
+        task: str,
+        seed: int = 0,
+        protocol: str = "erasure",
+        images: str = "quick",
+        options: Options = DEFAULT,
+    ) -> Trial:
         """The trial in its one form, so that two spellings have one hash. Raises InvalidTask, InvalidMethod, EffaceError."""
         if protocol not in PROTOCOLS:
             raise EffaceError(f"there is no protocol {protocol!r}; {suggest(protocol, PROTOCOLS)}")
@@ -66,12 +86,18 @@ class Trial:
             raise EffaceError(f"a seed was {seed!r}; expected an integer of at least 0")
         asked = Task.of(task, resolve=resolve)
         built = catalog.method(method, kind=asked.targets[0].kind)
-        return cls(model, str(built), str(asked), seed, protocol, images, " ".join(method.split()))
+        return cls(model, str(built), str(asked), seed, protocol, images, " ".join(method.split()), options)
+
+    def json(self) -> dict[str, Any]:
+        """All fields as JSON values; options only where some are given, as in records from before there were any."""
+        values = {name: value for name, value in asdict(self).items() if name != "options"}
+        given = self.options.given()
+        return {**values, "options": given} if given else values
 
     @property
     def hash(self) -> str:
-        """16 hexadecimal digits of the SHA-256 of all fields but the label, as JSON with sorted keys: the same on every machine."""
-        values = {name: value for name, value in asdict(self).items() if name != "label"}
+        """16 hexadecimal digits of the SHA-256 of `json` but the label, with sorted keys: the same on every machine."""
+        values = {name: value for name, value in self.json().items() if name != "label"}
         return hashlib.sha256(json.dumps(values, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
 
     def __str__(self) -> str:
@@ -98,6 +124,8 @@ class Sweep:
     trials: tuple[Trial, ...]
     pairs: tuple[Pair, ...] = ()
     title: str = ""
+    expected: tuple[Expected, ...] = ()
+    """Published numbers of the same experiment."""
 
 
 def read(path: str | Path) -> Sweep:
@@ -109,19 +137,22 @@ def read(path: str | Path) -> Sweep:
         raise EffaceError(f"cannot read the grid {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise EffaceError(f"{path} is no TOML: {error}") from error
-    _known(data, ("title", "model", "protocol", "images", "grid", "compare"), f"{path}")
+    _known(data, ("title", "model", "protocol", "images", "options", "grid", "compare", "expected"), f"{path}")
     blocks = data.get("grid", [])
     if not isinstance(blocks, list) or not blocks:
         raise EffaceError(f"{path} has no [[grid]]; write one with tasks, methods and seeds")
-    common: dict[str, str] = {name: str(data[name]) for name in ("protocol", "images") if name in data}
+    common: dict[str, Any] = {name: str(data[name]) for name in ("protocol", "images") if name in data}
+    common["options"] = Options.of(data.get("options", {}), f"{path}, [options]")
     trials = [trial for block in blocks for trial in _block(block, str(data.get("model", "emoji")), common, path)]
     unique = list(dict.fromkeys(trials))
     ordered = sorted(unique, key=lambda trial: trial.seed)
-    pairs = tuple(_pair(pair, {trial.label for trial in unique}, path) for pair in data.get("compare", []))
-    return Sweep(tuple(ordered), pairs, str(data.get("title", "")))
+    labels = {trial.label for trial in unique}
+    pairs = tuple(_pair(pair, labels, path) for pair in data.get("compare", []))
+    expected = tuple(Expected.of(row, labels, f"{path}, [[expected]]") for row in data.get("expected", []))
+    return Sweep(tuple(ordered), pairs, str(data.get("title", "")), expected)
 
 
-def _block(block: Mapping[str, Any], model: str, common: Mapping[str, str], path: Path) -> list[Trial]:
+def _block(block: Mapping[str, Any], model: str, common: Mapping[str, Any], path: Path) -> list[Trial]:
     where = f"{path}, [[grid]]"
     _known(block, ("tasks", "methods", "seeds"), where)
     for name in ("tasks", "methods"):

@@ -1,4 +1,4 @@
-"""`efface list`, `efface show METHOD`, `efface env`: what there is, and what it runs on."""
+"""`efface list [--standard]`, `efface show METHOD`, `efface env`: what there is, and what it runs on."""
 
 from __future__ import annotations
 
@@ -25,12 +25,27 @@ KEEP = {
 """What `--keep` does, by the word in `Needs`."""
 
 
-def list_methods(json: Json = False) -> None:
-    """List the methods of erasure."""
+def list_methods(
+    standard: Annotated[bool, typer.Option("--standard", help="List the standard erasures instead, with what must stay.")] = False,
+    json: Json = False,
+) -> None:
+    """List the methods of erasure, or the standard erasures that all of them are compared on."""
     from efface.core import catalog
 
+    if standard:
+        list_standard(json)
+        return
     rows = [_row(name, catalog.find(name)) for name in catalog.names()]
     emit(rows, columns(rows, ("method", "edit", "what it is", "trains", "keep", "venue", "paper"), header=True), json)
+
+
+def list_standard(json: bool) -> None:
+    """One erasure of each kind, and the concepts most like it, which it hurts first; methods are not told of them."""
+    from efface.concepts import standard
+
+    rows = [{"task": s.task, "kind": s.concept.kind, "neighbours": list(s.neighbours)} for s in standard.standard()]
+    shown = [{**row, "neighbours": ", ".join(row["neighbours"])} for row in rows]
+    emit(rows, columns(shown, ("task", "kind", "neighbours"), header=True), json)
 
 
 def _row(name: str, cls: type[Method]) -> dict[str, str]:

@@ -17,7 +17,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from efface import __version__
-from efface.cli import attack, check, erase, export, info, measure, sae, sample, sweep, world
+from efface.cli import attack, check, erase, export, import_, info, measure, report, sae, sample, sweep, world
 from efface.core.errors import EffaceError
 
 app = typer.Typer(
@@ -32,8 +32,10 @@ app.command("erase")(erase.erase)
 app.command("measure")(measure.measure)
 app.command("attack")(attack.attack)
 app.command("sweep")(sweep.sweep)
+app.command("report")(report.report)
 app.command("sample")(sample.sample)
 app.command("export")(export.export)
+app.command("import")(import_.import_)
 app.command("list")(info.list_methods)
 app.command("show")(info.show)
 app.command("check")(check.check)

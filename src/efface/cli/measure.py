@@ -1,23 +1,24 @@
-"""`efface measure`: measures an edit that is there, or a whole changed model against its original, with the protocol of `efface erase`."""
+"""`efface measure`: measures an edit that is there, or a whole changed model against its original, by any of the protocols."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
-from efface.cli.options import Device, Dtype, Force, Json, Match, edit_file, open_model
+from efface.cli.options import Device, Dtype, Force, Json, Match, Steps, edit_file, open_model
 from efface.cli.output import RECORD, bar, check_free, emit, note, result_folder, write_json
 from efface.cli.record import command, measurement, read_result, scores
 from efface.core.errors import EffaceError
 
 if TYPE_CHECKING:
     from efface.bench.draw import Judges
+    from efface.bench.options import Options
     from efface.bench.plan import Plan
     from efface.bench.result import Result
     from efface.bench.store import Store
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 REPORT, PICTURE, TABLE = "report.html", "before-after.png", "table.md"
 ORIGINAL = "emoji"
+ProtocolName = Literal["erasure", "objects", "generality", "artists", "preservation", "unlearncanvas", "nudity"]
+"""Those of `bench.protocols.registry`, written out so that `--help` need not load them."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,8 @@ class Subject:
     edit_path: Path | None = None
     changed: str = ""
     task: str = ""
+    protocol: str = "erasure"
+    options: Options | None = None
 
 
 def measure(
@@ -45,8 +50,14 @@ def measure(
     edit: Annotated[Path | None, typer.Option(help="The edit to measure on the model.")] = None,
     original: Annotated[str, typer.Option(help="What a changed model is compared with, where no edit is given.")] = ORIGINAL,
     task: Annotated[str | None, typer.Option(help="What was erased, such as cat; by default what the edit's card says.")] = None,
-    protocol: Annotated[Literal["erasure"], typer.Option(help="What is drawn and asked.")] = "erasure",
+    protocol: Annotated[ProtocolName, typer.Option(help="What is drawn and asked.")] = "erasure",
     images: Annotated[Literal["quick", "full"], typer.Option(help="How much is drawn: a demonstration, or enough for claims.")] = "quick",
+    prompts: Annotated[str, typer.Option(metavar="FILE", help="The prompts to draw, where the protocol takes a file (CSV or text).")] = "",
+    limit: Annotated[int | None, typer.Option(min=1, help="Prompts of the file at most, evenly spaced.")] = None,
+    each: Annotated[int, typer.Option(min=1, help="Pictures of each prompt of the file.")] = 1,
+    steps: Steps = None,
+    guidance: Annotated[str | None, typer.Option(help="A scale, or row: each prompt's own.  [default: the model's]")] = None,
+    real: Annotated[str, typer.Option(metavar="FOLDER", help="Real pictures, for protocols that measure the distance to them.")] = "",
     recompute: Annotated[Path | None, typer.Option(help="A record.json: compute its scores again, without drawing.")] = None,
     threshold: Annotated[float | None, typer.Option(help="With --recompute: the score from which on a label counts as seen.")] = None,
     match: Match = "exact",
@@ -65,19 +76,39 @@ def measure(
     if threshold is not None:
         raise EffaceError("--threshold belongs to --recompute: a measurement takes the judge's own, and keeps what others need")
     asked = subject_of(subject, edit, original, task)
+    asked = replace(asked, protocol=protocol, options=options(prompts, limit, each, steps, guidance, real))
     out = out or Path("runs") / f"measured-{Path(subject).name}"
     check_free(out, force)
     run(asked, images, match, out, device, dtype, force, json)
 
 
+def options(prompts: str, limit: int | None, each: int, steps: int | None, guidance: str | None, real: str) -> Options:
+    """The protocol's options. Raises EffaceError."""
+    from efface.bench.options import ROW, Options
+
+    try:
+        scale = guidance if guidance in (None, ROW) else float(guidance)
+    except ValueError as error:
+        raise EffaceError(f"--guidance was {guidance!r}; expected a number, or {ROW}") from error
+    return Options(prompts, limit, each, steps, scale, real)
+
+
 def again(path: Path, threshold: float | None, json: bool) -> None:
     """Computes a record's scores from its raw detections and prints them."""
-    from efface.bench.protocols import erasure
+    from efface.bench.protocols import erasure, registry
+
+    found = read_result(path)
+    result = erasure.recompute(found, threshold=threshold, asks=registry.find(found.settings.protocol).asks)
+    data = {"recomputed": str(path), "threshold": threshold, "method": result.method, "task": result.task, "scores": scores(result)}
+    emit(data, told(result), json)
+
+
+def told(result: Result) -> str:
+    """The table for people, under what the protocol itself found."""
     from efface.report import tables
 
-    result = erasure.recompute(read_result(path), threshold=threshold)
-    data = {"recomputed": str(path), "threshold": threshold, "method": result.method, "task": result.task, "scores": scores(result)}
-    emit(data, tables.text(result), json)
+    text = tables.text(result)
+    return f"{result.finding}.\n{text.partition(chr(10))[2]}" if result.finding else text
 
 
 def subject_of(given: str, edit: Path | None, original: str, task: str | None) -> Subject:
@@ -102,15 +133,15 @@ def subject_of(given: str, edit: Path | None, original: str, task: str | None) -
 
 def run(asked: Subject, images: str, match: Any, out: Path, device: str | None, dtype: str | None, force: bool, json: bool) -> None:
     """Draws, measures, writes and prints."""
-    from efface.bench.protocols import erasure
+    from efface.bench.options import DEFAULT
+    from efface.bench.protocols import registry
     from efface.concepts import resolve
     from efface.core.task import Task
-    from efface.report import tables
 
     model = open_model(asked.original, device, dtype)
     thing = asked.edit or open_model(asked.changed, device, dtype)
     task = Task.of(asked.task, resolve=resolve)
-    plan, judges = erasure.setup(model.id, task, size=images)
+    plan, judges = registry.find(asked.protocol).setup(model.id, task, images, asked.options or DEFAULT)
     about = described(thing, asked.edit_path)
     with kept(out, model, plan, judges, about) as store:
         result = measured(thing, model, task, plan, judges, match, store)
@@ -119,7 +150,7 @@ def run(asked: Subject, images: str, match: Any, out: Path, device: str | None, 
             data = measurement(result, files, original=model, changed=about)
             write_json(folder / RECORD, data)
         store.clear()
-    emit({"out": str(out), **data}, "\n".join([tables.text(result), "", *(str(out / name) for name in files)]), json)
+    emit({"out": str(out), **data}, "\n".join([told(result), "", *(str(out / name) for name in files)]), json)
 
 
 def described(thing: Edit | Model, path: Path | None) -> dict[str, Any]:
@@ -176,11 +207,12 @@ def measured(thing: Edit | Model, model: Model, task: Task, plan: Plan, judges: 
 
 
 def write(folder: Path, edit: Edit | None, result: Result) -> list[str]:
-    """Writes pictures and table, and for an edit the report; returns the names of the files."""
+    """Writes the table, the pictures that may be kept, and for the erasure of an edit the report; returns the names of the files."""
     from efface.report import figures, page, tables
 
-    figures.grid(result).save(folder / PICTURE)
+    if result.pictures is not None:
+        figures.grid(result).save(folder / PICTURE)
     (folder / TABLE).write_text(tables.markdown(result) + "\n", encoding="utf-8")
-    if edit is not None:
+    if edit is not None and not result.finding:  # the page's verdict is that of the main job
         page.write(result, folder / REPORT, edit=edit, command=command())
     return sorted(file.name for file in folder.iterdir())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -17,7 +18,9 @@ from efface.core.errors import EffaceError
 if TYPE_CHECKING:
     from efface.bench.run import News
     from efface.bench.trial import Sweep, Trial
+    from efface.core.method import Resources
 
+COMPARED = ("method", "line", "published", "measured", "source")
 PART = re.compile(r"([1-9]\d*)/([1-9]\d*)")
 
 
@@ -32,27 +35,92 @@ def sweep(
     part: Annotated[str, typer.Option(help="Run every n-th trial only, such as 1/2 and 2/2 in two processes with a folder each.")] = "1/1",
     show: Annotated[bool, typer.Option("--list", help="List the trials and which have a record, and run nothing.")] = False,
     retry: Annotated[bool, typer.Option("--retry", help="Run failed trials again.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Run each method once on the bundled model, in a few steps, and keep nothing.")
+    ] = False,
+    vocabulary: Annotated[str, typer.Option(help="Candidate words: tokenizer, bundled, or a file of words.")] = "tokenizer",
+    asset: Annotated[list[str] | None, typer.Option(help="NAME=FILE of a trained part, such as sae=runs/sae.safetensors.")] = None,
     device: Device = None,
     dtype: Dtype = None,
     json: Json = False,
 ) -> None:
     """Run a grid of methods, tasks and seeds. Killed, it goes on where it was: a trial that has a record is not run again."""
     from efface.bench.trial import read
+    from efface.cli.erase import candidates, trained
+    from efface.core.method import Resources
 
     asked, out = read(file), out or Path("runs") / file.stem
+    if dry_run:
+        rehearse(asked, device, dtype, json)
+        return
     elsewhere = records(also or [])
     if show:
         rows = listed(asked, records([out]) | elsewhere)
         emit(rows, columns(rows, ("hash", "record", "trial"), header=True), json)
         return
     trials = [trial for trial in chosen(asked.trials, part) if trial.hash not in elsewhere]
-    found = ran(trials, out, retry, device, dtype)
+    given = Resources(vocabulary=candidates(vocabulary), assets=trained(asset or []))
+    found = ran(trials, out, retry, device, dtype, given)
+    known = records([out]) | elsewhere
     if markdown:
-        write(markdown, asked, records([out]) | elsewhere)
+        write(markdown, asked, known)
     failed = [record for record in found if "error" in record]
     data = {"out": str(out), "trials": len(found), "failed": len(failed), "markdown": str(markdown) if markdown else None}
     text = [f"{len(found)} trials, {len(failed)} of them failed: {out}"]
-    emit(data, "\n".join([*text, *(f"  {r['trial']['label']}: {r['error']['message']}" for r in failed)]), json)
+    text += [f"  {r['trial']['label']}: {r['error']['message']}" for r in failed]
+    rows = compared(asked, [known[trial.hash] for trial in asked.trials if trial.hash in known])
+    if rows:
+        data["published"] = rows
+        text += ["", "published beside measured (per cent where a share):", columns(rows, COMPARED, header=True)]
+    emit(data, "\n".join(text), json)
+
+
+def rehearse(asked: Sweep, device: str | None, dtype: str | None, json: bool) -> None:
+    """Runs the grid dry and says what each trial measured. Raises EffaceError where one failed: a grid that cannot be run."""
+    from efface.bench import dry
+    from efface.bench.run import run
+
+    with tempfile.TemporaryDirectory() as folder:
+        small = dry.sweep(asked, Path(folder))
+        found = run(small.trials, Path(folder), load=lambda name: open_model(name, device, dtype), setup=dry.setup)
+    failed = [record for record in found if "error" in record]
+    if failed:
+        first = failed[0]
+        raise EffaceError(f"{len(failed)} of {len(found)} trials failed; {first['trial']['label']}: {first['error']['message']}")
+    rows = [
+        {
+            "trial": record["trial"]["label"],
+            "protocol": record["trial"]["protocol"],
+            "pictures": record["result"]["settings"]["images"],
+            "lines": len(record["result"]["lines"]) + len(record["result"]["quality"]),
+        }
+        for record in found
+    ]
+    data = {"dry_run": True, "of_trials": len(asked.trials), "ran": rows}
+    head = f"{len(rows)} of {len(asked.trials)} trials ran dry on the bundled model: the grid can be run; its numbers mean nothing here."
+    emit(data, "\n".join([head, columns(rows, ("protocol", "pictures", "lines", "trial"), header=True)]), json)
+
+
+def compared(asked: Sweep, known: list[dict[str, Any]]) -> list[dict[str, str]]:
+    """Published numbers beside measured ones, as text."""
+    from efface.bench.expected import beside
+
+    return [
+        {
+            "method": row.method,
+            "line": row.key,
+            "published": _spread(row.published, row.spread),
+            "measured": _spread(row.measured, row.measured_spread),
+            "source": row.source,
+        }
+        for row in beside(asked.expected, known)
+    ]
+
+
+def _spread(value: float | None, spread: float | None) -> str:
+    if value is None:
+        return "not measured"
+    return f"{value:.2f}" if spread is None else f"{value:.2f} ± {spread:.2f}"
 
 
 def chosen(trials: tuple[Trial, ...], part: str) -> list[Trial]:
@@ -82,7 +150,7 @@ def listed(asked: Sweep, known: Mapping[str, Mapping[str, Any]]) -> list[dict[st
     return [{"hash": trial.hash, "record": states.get(trial.hash, "no"), "trial": str(trial)} for trial in asked.trials]
 
 
-def ran(trials: list[Trial], out: Path, retry: bool, device: str | None, dtype: str | None) -> list[dict[str, Any]]:
+def ran(trials: list[Trial], out: Path, retry: bool, device: str | None, dtype: str | None, given: Resources) -> list[dict[str, Any]]:
     """Runs them with a progress bar, and keeps the pictures of each."""
     from efface.bench.run import run
 
@@ -96,7 +164,7 @@ def ran(trials: list[Trial], out: Path, retry: bool, device: str | None, dtype: 
             progress.total = news.steps
             progress.update(news.step - progress.n)
 
-        return run(trials, out, load=lambda name: open_model(name, device, dtype), watch=watch, retry=retry)
+        return run(trials, out, load=lambda name: open_model(name, device, dtype), watch=watch, retry=retry, given=given)
 
 
 def finished(news: News, out: Path) -> None:
@@ -107,10 +175,11 @@ def finished(news: News, out: Path) -> None:
         message = news.record["error"]["message"] if news.record else ""
         note(f"{news.number}/{news.total} {news.trial}: failed: {message}")
         return
-    pictures = out / "pictures"
-    pictures.mkdir(parents=True, exist_ok=True)
-    figures.grid(news.result).save(pictures / f"{news.trial.hash}.png")
-    note(f"{news.number}/{news.total} {news.trial}: {wording.headline(news.result)}")
+    if news.result.pictures is not None:
+        pictures = out / "pictures"
+        pictures.mkdir(parents=True, exist_ok=True)
+        figures.grid(news.result).save(pictures / f"{news.trial.hash}.png")
+    note(f"{news.number}/{news.total} {news.trial}: {news.result.finding or wording.headline(news.result)}")
 
 
 def write(path: Path, asked: Sweep, known: Mapping[str, Mapping[str, Any]]) -> None:

@@ -15,8 +15,8 @@ What the preset "authors" does, and our defaults do otherwise:
   latent of a trajectory is used, trajectories run in large batches and are renewed as the student moves. Until then a row keeps its
   Gumbel noise, so that its word stays the one that its latent was made for, unless the logits have since overtaken it.
 - `loss_space="x0"`: distances of predicted clean latents, which weigh the noisiest times most (the code; the paper writes noise, as we do).
-- `keep_share=0`: concepts of `keep` are words like any other. Ours: half of the first draws are theirs, since they would seldom come up among
-  a hundred candidates.
+- `keep_share=0`: concepts of `keep` are words like any other. Ours: half of the first draws are theirs, since they would seldom come up
+  among a hundred candidates.
 - `exclude_targets=False`: "church" is kept while "Church" is erased. `batch=1`: our rows each have a target and a word of their own.
 The k-means is exact here; the code's finds a nearby optimum. Where the paper says cosine (nearest words) and "first find c_a, then
 update" (the maximum), both follow the code: L2, and `ascent` steps for each model step.

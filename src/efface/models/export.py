@@ -311,7 +311,9 @@ def _write_folder(model: Model, edit: Edit, deltas: Mapping[str, Tensor], made: 
         (folder / RECORD).write_text(json.dumps(header(edit, made), indent=2) + "\n", encoding="utf-8")
         settings = Settings(model.lr_scale, model.lr_scale_others, model.default_steps, model.default_guidance)
         if settings != Settings():
-            (folder / "efface.json").write_text(json.dumps({key: value for key, value in asdict(settings).items() if value is not None}) + "\n", encoding="utf-8")
+            (folder / "efface.json").write_text(
+                json.dumps({key: value for key, value in asdict(settings).items() if value is not None}) + "\n", encoding="utf-8"
+            )
 
 
 def _save_pipeline(pipeline: StableDiffusionPipeline, folder: Path) -> None:

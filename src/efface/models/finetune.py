@@ -53,7 +53,8 @@ def finetune(
 
     Edits that are attached stay so and are trained on top of; what is returned then belongs after them (`Chain`).
 
-    lr: AdamW's learning rate in units of Stable Diffusion 1.x (`Model.learning_rate`; a LoRA's is that of the cross-attention); by default 1e-4 with `rank`, 1e-5 without.
+    lr: AdamW's learning rate in units of Stable Diffusion 1.x (`Model.learning_rate`, a LoRA's as of the
+        cross-attention); by default 1e-4 with `rank`, 1e-5 without.
     rank: of a LoRA on the linear maps and convolutions of the group; None trains the weights themselves.
     group: what is trained, of the denoiser; by default "attn" (every attention projection) with `rank`, else "full".
     batch: pictures in a step, drawn from a shuffled deck that is shuffled anew when it is empty.

@@ -5,9 +5,7 @@ No number depends on which other methods stand in the table; what was not measur
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from statistics import fmean
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from efface.bench.result import Result, Settings
@@ -17,6 +15,7 @@ from efface.core.errors import EffaceError
 from efface.core.evidence import Comparison
 from efface.core.task import Task
 from efface.report import wording
+from efface.report.rows import COST, Row, alike, by_task
 
 MISSING = "not measured"
 ERASURE = (
@@ -38,21 +37,6 @@ COMPARED = """Is the first no worse than the second by more than the margin? The
 interval is the widest of Newcombe's paired one and of bootstraps over prompts and over fits. “Not inferior”: the whole 95 % interval
 lies above minus the margin."""
 EMOJI = "This small bundled model shows that the algorithms are implemented; it says nothing about Stable Diffusion."
-COST = ("forwards", "backwards", "seconds", "bytes")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One method on one task."""
-
-    label: str
-    text: str
-    """The method with every field that is not the default."""
-    results: tuple[Result, ...]
-    seeds: tuple[int, ...]
-    costs: Mapping[str, float]
-    """Mean over fits."""
-    failures: tuple[str, ...] = ()
 
 
 def render(records: Sequence[Mapping[str, Any]], *, title: str = "", pairs: Sequence[Pair] = (), source: str = "") -> str:
@@ -67,40 +51,15 @@ def render(records: Sequence[Mapping[str, Any]], *, title: str = "", pairs: Sequ
     Raises EffaceError for no records, records of different models or protocols, or a comparison that cannot be made."""
     if not records:
         raise EffaceError("there is no record to show; run the sweep first")
-    _alike(records)
-    tasks = list(dict.fromkeys(record["trial"]["task"] for record in records))
-    rows = {task: _rows(record for record in records if record["trial"]["task"] == task) for task in tasks}
+    alike(records)
+    rows = by_task(records)
     parts = [f"# {title or 'Erasures compared'}", _about(records, source)]
-    for task in tasks:
+    for task in rows:
         parts += [f"## {_heading(task)}", _table(rows[task]), _quality(rows[task]), *_failed(rows[task])]
     if pairs:
         parts += ["## Compared", _compared(rows, pairs)]
     parts += ["## The methods in full", "\n".join(f"- `{label}`: `{text}`" for label, text in _texts(rows))]
     return "\n\n".join(part for part in parts if part) + "\n"
-
-
-def _rows(records: Iterable[Mapping[str, Any]]) -> list[Row]:
-    groups: dict[str, list[Mapping[str, Any]]] = {}
-    for record in records:
-        groups.setdefault(record["trial"]["method"], []).append(record)
-    return [_row(text, group) for text, group in groups.items()]
-
-
-def _row(text: str, group: Sequence[Mapping[str, Any]]) -> Row:
-    fine = [record for record in group if "error" not in record]
-    costs: dict[str, float] = {}
-    for name in COST:
-        values = [record["edit"]["bytes"] if name == "bytes" else record["cost"].get(name) for record in fine]
-        if values and None not in values:
-            costs[name] = fmean(values)
-    return Row(
-        group[0]["trial"]["label"] or text,
-        text,
-        tuple(Result.from_json(record["result"]) for record in fine),
-        tuple(record["trial"]["seed"] for record in fine),
-        costs,
-        tuple(f"seed {r['trial']['seed']}: {r['error']['type']}: {r['error']['message']}" for r in group if "error" in r),
-    )
 
 
 def _table(rows: Sequence[Row]) -> str:
@@ -109,7 +68,7 @@ def _table(rows: Sequence[Row]) -> str:
     first = next((row for row in rows if row.results), None)
     lines = [] if first is None else [_before(first, [key for _, key in ERASURE], counts=True)]
     for row in rows:
-        found = [pooled(row.results, key) for _, key in ERASURE]
+        found = [row.line(key) for _, key in ERASURE]
         lines.append([f"`{row.label}`", str(len(row.seeds)), _counts(row), *(_cell(value) for value in found)])
     return _markdown(header, lines)
 
@@ -120,7 +79,7 @@ def _quality(rows: Sequence[Row]) -> str:
     first = next((row for row in rows if row.results), None)
     lines = [] if first is None else [[*_before(first, [key for _, key in QUALITY]), *["" for _ in COST]]]
     for row in rows:
-        cells = [_cell(pooled(row.results, key)) for _, key in QUALITY]
+        cells = [_cell(row.line(key)) for _, key in QUALITY]
         lines.append([f"`{row.label}`", *cells, *(_number(name, row.costs.get(name)) for name in COST)])
     return _markdown(header, lines)
 
@@ -139,7 +98,7 @@ def _cell(found: Pooled | None) -> str:
 
 def _counts(row: Row) -> str:
     keys = ("target.ESR-1", "neighbour.PSR-1", "unrelated.PSR-1")
-    found = [pooled(row.results, key) for key in keys]
+    found = [row.line(key) for key in keys]
     return " / ".join("–" if value is None else str(value.after.n) for value in found)
 
 
@@ -193,17 +152,6 @@ def _about(records: Sequence[Mapping[str, Any]], source: str) -> str:
 
 def _sampling(settings: Settings) -> str:
     return f"{settings.sampler}, {settings.steps} steps, guidance {settings.guidance:g}; prompts and noise are the same for all methods."
-
-
-def _alike(records: Sequence[Mapping[str, Any]]) -> None:
-    for name, plural in (("model", "models"), ("protocol", "protocols"), ("images", "sizes")):
-        found = sorted({record["trial"][name] for record in records})
-        if len(found) > 1:
-            raise EffaceError(f"the records are of different {plural} ({', '.join(found)}), which do not compare; render each alone")
-    for name in ("weights", "detector", "embedder"):
-        found = sorted({record["ground"][name] for record in records})
-        if len(found) > 1:
-            raise EffaceError(f"the records rest on different {name} ({', '.join(found)}), which do not compare; run the older ones again")
 
 
 def _heading(task: str) -> str:

@@ -145,13 +145,18 @@ def write(result: Result, path: str | Path, *, edit: Edit, command: str) -> Path
     return path
 
 
-def render(result: Result, *, edit: Edit, command: str) -> str:
-    """The report as HTML."""
-    environment = Environment(
+def environment() -> Environment:
+    """The templates of this package, which escape what they are given and know numbers in words."""
+    found = Environment(
         loader=PackageLoader("efface.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"value": wording.value, "interval": wording.interval, "count": wording.count}
-    template = environment.get_template("page.html")
+    found.filters |= {"value": wording.value, "interval": wording.interval, "count": wording.count}
+    return found
+
+
+def render(result: Result, *, edit: Edit, command: str) -> str:
+    """The report as HTML."""
+    template = environment().get_template("page.html")
     view = View(result, edit, command)
     return template.render(view=view, result=result, wording=wording, hurt=tables.hurt(result), bar=bar, listed=LISTED)
 

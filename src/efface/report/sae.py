@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from jinja2 import Environment, PackageLoader, StrictUndefined
 from torch import Tensor, nn
 from torch.nn.functional import interpolate
 
@@ -20,7 +19,7 @@ from efface.core.features import LatentAblation
 from efface.core.model import Model
 from efface.core.whole import whole_file
 from efface.ops.sae import top_k
-from efface.report.page import uri
+from efface.report.page import environment, uri
 
 SHOWN = 8
 """Pictures of each latent, and latents at most."""
@@ -133,9 +132,6 @@ def heated(image: Tensor, heat: Tensor, top: float) -> Tensor:
 
 def render(firings: Firings, edit: Edit, command: str) -> str:
     """The page as HTML: for each latent the pictures in which it fires most, and its map over them."""
-    environment = Environment(
-        loader=PackageLoader("efface.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
-    )
     latents = []
     for number, latent in enumerate(firings.latents):
         top = float(firings.maps[number].max())
@@ -145,7 +141,7 @@ def render(firings: Firings, edit: Edit, command: str) -> str:
     place, feature = ablation(edit)
     facts = {"block": place, "latents": f"{len(feature.net.encoder):,}, of which {feature.net.k} fire", "task": edit.card.task}
     facts |= {"method": edit.card.method, "model": edit.card.model, "times": f"{len(feature.table.times)}"}
-    page = environment.get_template("sae.html")
+    page = environment().get_template("sae.html")
     return page.render(latents=latents, facts=facts, count=len(firings.prompts), command=command, card=edit.card)
 
 

@@ -127,3 +127,26 @@ def _moved(result: Result) -> str:
     if not shares:
         return ""
     return f"Measured by pixels (100 % is as different as two unrelated pictures), the pictures moved by {', '.join(shares)}."
+
+
+def heading(task: str) -> str:
+    """ "object: cat", "style: modern"."""
+    targets = Task.parse(task).targets
+    return f"{targets[0].kind}: {', '.join(concept.name for concept in targets)}"
+
+
+def number(value: float | None) -> str:
+    """ "8,480", "273", "0.02"."""
+    if value is None:
+        return "–"
+    return f"{value:,.0f}" if value >= 10 or value == int(value) else f"{value:.2g}"
+
+
+def size(value: float | None) -> str:
+    """Bytes in decimal units: "2.52 MB"."""
+    if value is None:
+        return "–"
+    for unit, scale in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if value >= scale:
+            return f"{value / scale:.3g} {unit}"
+    return f"{value:.0f} B"

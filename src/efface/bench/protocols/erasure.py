@@ -20,7 +20,7 @@ from torch import Tensor
 from efface.bench import emoji, general
 from efface.bench.draw import UNJUDGED, Drawing, Judges, draw
 from efface.bench.plan import Plan, numbered
-from efface.bench.questions import OTHERS, QUALITY, QUESTIONS, TITLES, Question
+from efface.bench.questions import ERASURE, OTHERS, TITLES, Asks, Question
 from efface.bench.result import Change, ConceptLine, Line, Pictures, Result, Settings
 from efface.bench.store import Store
 from efface.concepts.vocabulary import Vocabulary, read
@@ -32,11 +32,13 @@ from efface.core.method import Report, silent
 from efface.core.model import Model
 from efface.core.sampling import seeded
 from efface.core.task import Task
+from efface.evals.metrics.clip_score import ClipScore
 from efface.evals.metrics.psr import PSR
 from efface.ops.intervals import bootstrap, number
 
 STEPS = 20
 """Of the sampler, for the bundled model."""
+UNHELD = "How far the pictures moved by pixels: they were judged one after another and not held."
 BUNDLED = "emoji"
 """The model whose words and judge are known."""
 
@@ -126,7 +128,7 @@ def measure_models(
     return _result(original.id, f"the weights of {changed.id}", task, settings, plan, judges, first, second)
 
 
-def recompute(result: Result, *, threshold: float | None = None) -> Result:
+def recompute(result: Result, *, threshold: float | None = None, asks: Asks = ERASURE) -> Result:
     """The scores of a result, computed again from the raw detections that it holds; nothing is drawn.
 
     Without arguments they are those of the result itself. What needs the pictures (their change) or their features (the Fréchet
@@ -134,6 +136,7 @@ def recompute(result: Result, *, threshold: float | None = None) -> Result:
 
     Args:
         threshold: the score from which on a label counts as seen, in place of the detector's own; 0 to 1.
+        asks: what the result's protocol asks.
 
     Raises ValueError for a result without detections, or a threshold out of range."""
     if not result.before.sightings:
@@ -142,13 +145,21 @@ def recompute(result: Result, *, threshold: float | None = None) -> Result:
         raise ValueError(f"threshold was {threshold}; expected a score from 0 to 1")
     before, after = (_cut(side, threshold) for side in (result.before, result.after))
     seed = result.settings.seed
-    kept = [line for line in result.quality if line.key not in _CLIP]
-    again = _answers([q for q in QUALITY if q.key in _CLIP], before, after, seed) if before.agreement else []
-    lines, concepts = scores(before, after, seed=seed), by_concept(before, after, Task.parse(result.task), seed=seed)
-    return replace(result, lines=tuple(lines), concepts=tuple(concepts), quality=(*kept, *again), before=before, after=after)
-
-
-_CLIP = ("unrelated.clip", "target.clip")
+    asked = {q.key for q in asks.questions}
+    clips = [q for q in asks.quality if isinstance(q.metric, ClipScore)]
+    kept = [line for line in result.quality if line.key not in {q.key for q in clips}]
+    again = answers(clips, before, after, seed) if before.agreement else []
+    concepts = by_concept(before, after, Task.parse(result.task), seed=seed)
+    return replace(
+        result,
+        lines=(*answers(asks.questions, before, after, seed), *(line for line in result.lines if line.key not in asked)),
+        concepts=tuple(concepts),
+        quality=(*kept, *again),
+        before=before,
+        after=after,
+        details={**result.details, **asks.details(before, after)},
+        finding=asks.finding(before, after),
+    )
 
 
 def _cut(samples: Samples, threshold: float | None) -> Samples:
@@ -162,8 +173,11 @@ def _told(report: Report, start: int, total: int) -> Callable[[int], None]:
 
 
 def _result(model: str, method: str, task: Task, settings: Settings, plan: Plan, judges: Judges, first: Drawing, second: Drawing) -> Result:
-    before, after = first.samples, second.samples
-    lines = scores(before, after, seed=plan.seed) if judges.detector else []
+    before, after, asks = first.samples, second.samples, plan.asks
+    held = before.images is not None and after.images is not None
+    looked = (judges.detector if asks.by == "detector" else judges.embedder) is not None
+    lines = answers(asks.questions, before, after, plan.seed) if looked else []
+    source = {"prompts": {**plan.source, "cases": list(plan.cases)}} if plan.source else {}
     return Result(
         model=model,
         method=method,
@@ -171,13 +185,15 @@ def _result(model: str, method: str, task: Task, settings: Settings, plan: Plan,
         settings=settings,
         lines=tuple(lines),
         concepts=tuple(by_concept(before, after, task, seed=plan.seed)) if judges.detector else (),
-        changes=tuple(changes(before, after, seed=plan.seed)),
-        unmeasured=(*_unmeasured(plan, judges, lines), *plan.unmeasured),
+        changes=tuple(changes(before, after, seed=plan.seed)) if held else (),
+        unmeasured=(*_unmeasured(plan, judges, lines), *plan.unmeasured, *([] if held else [UNHELD])),
         before=_seen(before),
         after=_seen(after),
         cost={name: round(first.cost[name] + second.cost[name], 3) for name in first.cost},
-        pictures=_pictures(before, after, plan.shown()),
-        quality=tuple(_answers(QUALITY, before, after, plan.seed)) if judges.embedder else (),
+        pictures=_pictures(first, second, plan.shown()) if asks.pictures else None,
+        quality=tuple(answers(asks.quality, before, after, plan.seed)) if judges.embedder else (),
+        details={**source, **(asks.details(before, after) if looked else {})},
+        finding=asks.finding(before, after) if looked else "",
     )
 
 
@@ -187,11 +203,12 @@ def _seen(samples: Samples) -> Samples:
 
 
 def scores(before: Samples, after: Samples, *, seed: int = 0) -> list[Line]:
-    """Every question whose roles occur, answered."""
-    return _answers(QUESTIONS, before, after, seed)
+    """Every question of the main job whose roles occur, answered."""
+    return answers(ERASURE.questions, before, after, seed)
 
 
-def _answers(questions: Iterable[Question], before: Samples, after: Samples, seed: int) -> list[Line]:
+def answers(questions: Iterable[Question], before: Samples, after: Samples, seed: int = 0) -> list[Line]:
+    """Those of the questions whose roles occur, answered. Raises Undetermined but for an optional one, which is left out."""
     roles, lines = {shot.role for shot in before.shots}, []
     for q in questions:
         if not roles & set(q.roles):
@@ -208,7 +225,7 @@ def by_concept(before: Samples, after: Samples, task: Task, *, seed: int = 0) ->
     """PSR-1 of each concept that must stay, the most surely hurt first: by the upper end of its change, then by its change."""
     kept = {concept.key for concept in task.keep}
     lines = []
-    for concept, role in dict.fromkeys((s.concept, s.role) for s in before.shots if s.role in OTHERS):
+    for concept, role in dict.fromkeys((s.concept, s.role) for s in before.shots if s.role in OTHERS and s.labels):
         rows = [i for i, s in enumerate(before.shots) if (s.concept, s.role) == (concept, role)]
         contrast = PSR(1, roles=OTHERS, clusters="prompt").measure(before.rows(rows), after.rows(rows), seed=seed)
         lines.append(ConceptLine(concept, role, concept.casefold() in kept, contrast))
@@ -263,17 +280,18 @@ def _described(detector: Detector, plan: Plan) -> dict[str, Any]:
 
 
 def _unmeasured(plan: Plan, judges: Judges, lines: list[Line]) -> list[str]:
-    missing = [f"No prompt shows {TITLES[role]}." for role in ("neighbour", "pair") if role not in plan.roles]
-    if judges.detector is None:
+    missing = [f"No prompt shows {TITLES[role]}." for role in plan.asks.expects if role not in plan.roles]
+    relative = {q.key for q in plan.asks.questions if q.optional and set(q.roles) & set(plan.roles)}
+    if judges.detector is None and plan.asks.by == "detector":
         missing.insert(0, "Whether the concept is gone and the others are still there: no detector looked, so judge the pictures by eye.")
-    elif not any(line.key == "target.relative-ESR-1" for line in lines):
+    elif relative and not any(line.key in relative for line in lines):
         missing.append("Relative ESR: the un-erased model itself drew the concept in no picture.")
-    if judges.embedder is None:
+    if judges.embedder is None and (plan.asks.quality or plan.asks.by == "embedder"):
         missing.append("CLIP score and Fréchet distance: no embedder looked.")
     return [*missing, "Whether an attack brings the concept back."]
 
 
-def _pictures(before: Samples, after: Samples, rows: tuple[int, ...]) -> Pictures | None:
-    if before.images is None or after.images is None:
+def _pictures(first: Drawing, second: Drawing, rows: tuple[int, ...]) -> Pictures | None:
+    if first.shown is None or second.shown is None:
         return None
-    return Pictures(rows, before.images[list(rows)], after.images[list(rows)])
+    return Pictures(rows, first.shown, second.shown)

@@ -15,7 +15,7 @@ taught)/(steps to half, relearned) is the honest number: near 1, the erasure lef
 Cost, for the erased model and for each control: batch · steps forwards and backwards, and a picture a prompt at each checkpoint. The
 meter counts the latter; authors: up to 300 steps.
 
-Departures: the learning rate is that of the model at hand (`Model.learning_rate`); z is the posterior's mean. The ASR counts the last checkpoint only, so
+Departures: the rate is the model's own (`Model.learning_rate`); z is the posterior's mean. The ASR counts the last checkpoint only, so
 that C = 1. Edits that are hooks stay active in training; what is trained lies beneath them.
 """
 

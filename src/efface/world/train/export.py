@@ -27,8 +27,8 @@ NEEDED = {
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt")
 SETTINGS = {"lr_scale": 50.0, "lr_scale_others": 5.0, "steps": 20, "guidance": 4.0}
 """The model's own defaults, which `efface.load` reads from `efface.json`. `lr_scale`: the rates of Stable Diffusion 1.x, 1e-5 and the
-like, are some fifty times too small for the cross-attention of so small a network (tried with AP: 5e-4 erases, 1e-4 falls short), and some five
-times where the other layers are trained (`lr_scale_others`; tried with ESD: 5e-5 erases, 5e-4 destroys)."""
+like, are some fifty times too small for the cross-attention of so small a network (tried with AP: 5e-4 erases, 1e-4 falls short), and
+some five times where the other layers are trained (`lr_scale_others`; tried with ESD: 5e-5 erases, 5e-4 destroys)."""
 CREDITS = Path(__file__).parents[1] / "CREDITS.md"
 
 

@@ -1,0 +1,79 @@
+"""ResNet-50 on ImageNet's thousand classes, as torchvision ships it: the classifier of Imagenette's ESR and PSR.
+
+Weights IMAGENET1K_V2 with their own preprocessing (resize 232, crop 224), labels in lower case ("chain saw", "english springer"). AP, AGE,
+ESD and RECE take the order of the classes without a threshold, so the threshold is 0. Other weights shift the figures by points; a record
+names the package's version and the hash of the parameters. torchvision looks for the weights where torch's hub keeps them, and
+downloads them otherwise.
+
+Source: torchvision, `ResNet50_Weights.DEFAULT`; Bui et al., arXiv 2410.15618, §5.1.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.metadata import version
+from importlib.util import find_spec
+from typing import final
+
+import torch
+from torch import Tensor, nn
+
+from efface.core.errors import MissingExtra, Unsupported
+from efface.core.evidence import DEPTH, Detector, Sighting
+
+
+@final
+@dataclass(frozen=True, eq=False)
+class ImageNet(Detector):
+    """A classifier of ImageNet's classes; `load` makes the published one, and any other network can be handed in."""
+
+    net: nn.Module
+    """Prepared pictures (b 3 h w) to logits (b, classes)."""
+    prepare: Callable[[Tensor], Tensor]
+    """Pictures (b 3 h w) in [0, 1] to what `net` takes."""
+    classes: tuple[str, ...]
+    """In the network's order, in lower case."""
+    package: str = ""
+    """Where network and preprocessing come from."""
+    name = "imagenet-resnet50"
+
+    @classmethod
+    def load(cls) -> ImageNet:
+        """The published one. Raises MissingExtra without torchvision, OSError where its weights can be neither found nor downloaded."""
+        if find_spec("torchvision") is None:
+            raise MissingExtra("ResNet-50 comes with torchvision, which is not installed; run `pip install 'efface[metrics]'`")
+        models = import_module("torchvision.models")
+        weights = models.ResNet50_Weights.IMAGENET1K_V2
+        classes = tuple(name.lower() for name in weights.meta["categories"])
+        return cls(models.resnet50(weights=weights).eval(), weights.transforms(), classes, f"torchvision {version('torchvision')}")
+
+    @property
+    def version(self) -> str:
+        """ "torchvision 0.28.0/1a2b…": the package, and the first digits of the SHA-256 of the parameters."""
+        digest = hashlib.sha256()
+        for name, tensor in self.net.state_dict().items():
+            digest.update(name.encode())
+            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+        return f"{self.package or 'handed in'}/{digest.hexdigest()[:12]}"
+
+    def labels(self, kind: str = "object") -> tuple[str, ...]:
+        if kind != "object":
+            raise Unsupported(f"ImageNet's classes are concepts of kind 'object', and it was asked for kind {kind!r}")
+        return self.classes
+
+    def threshold(self, kind: str = "object") -> float:
+        return 0.0
+
+    @torch.no_grad()
+    def look(self, images: Tensor, kind: str = "object") -> list[Sighting]:
+        """One sighting for each image (b 3 h w) in [0, 1]: the ten surest classes; undetermined where an image is not finite."""
+        self.labels(kind)
+        fine = images.isfinite().flatten(1).all(-1).tolist()
+        return [self._seen(images[i : i + 1]) if ok else Sighting() for i, ok in enumerate(fine)]
+
+    def _seen(self, image: Tensor) -> Sighting:
+        best = self.net(self.prepare(image)).softmax(-1)[0].topk(min(DEPTH, len(self.classes)))
+        return Sighting(tuple(self.classes[i] for i in best.indices.tolist()), tuple(best.values.tolist()), 0.0)

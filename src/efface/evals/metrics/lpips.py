@@ -1,0 +1,76 @@
+"""LPIPS between the pictures of the un-erased and of the erased model from the same noise, at a resolution that its name tells.
+
+    LPIPS(x, x') = Σ_layers mean over places of ‖w ⊙ (φ(x) − φ(x'))‖²,   φ a network's unit-length features, w learned
+
+High on the erased concept, low on what must stay; but it measures the distance from the un-erased picture, and not how good either is. AP
+takes AlexNet at the full 512 pixels; ESD, RECE and DuMo shrink both pictures to 64 first, which gives other, smaller numbers.
+
+The learned distance is that of the package `lpips`, whose trunk torchvision provides; any other function of two batches can be handed in.
+Source: Zhang et al., arXiv 1801.03924.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from efface.core.errors import MissingExtra
+from efface.core.evidence import Contrast, Direction, Metric, Role, Samples, Score, chosen
+
+Distance = Callable[[Tensor, Tensor], Tensor]
+"""Two batches (b 3 h w) in [−1, 1] to distances of b values."""
+SMALL = 64
+"""Pixels of ESD, RECE and DuMo."""
+
+
+def available() -> bool:
+    """Whether the packages are installed."""
+    return find_spec("lpips") is not None and find_spec("torchvision") is not None
+
+
+def load(net: str = "alex") -> Distance:
+    """The learned distance of the package. Raises MissingExtra without it; its trunk is found or downloaded by torchvision."""
+    if not available():
+        raise MissingExtra("LPIPS needs lpips and torchvision, which are not installed; run `pip install 'efface[metrics]'`")
+    found: Distance = import_module("lpips").LPIPS(net=net, verbose=False).eval()
+    return found
+
+
+@dataclass(frozen=True, eq=False)
+class Lpips(Metric):
+    """The mean distance of pictures of the same noise, before and after."""
+
+    distance: Distance
+    """What compares two batches."""
+    roles: tuple[Role, ...] = ("target",)
+    """Which shots are looked at."""
+    pixels: int | None = None
+    """The size to which both are shrunk first; None takes them as they are."""
+
+    @property
+    def name(self) -> str:
+        return f"LPIPS ({self.pixels or 'full'})"
+
+    def measure(self, before: Samples, after: Samples, *, seed: int = 0) -> Contrast:
+        """0 before, by definition; clustered by prompt. Raises ValueError without the pictures of both."""
+        rows = chosen(before, after, lambda shot: shot.role in self.roles)
+        if before.images is None or after.images is None:
+            raise ValueError("LPIPS needs the pictures, and these samples hold none; measure again")
+        values = [float(self._between(before.images[i], after.images[i])) for i in rows]
+        prompts = [before.shots[i].prompt for i in rows]
+        way: Direction = "higher" if self.roles == ("target",) else "lower"
+        found = Score.mean(self.name, values, prompts, way, "LPIPS", seed=seed)
+        return Contrast(Score(self.name, 0.0, 0.0, 0.0, len(rows), way, "LPIPS"), found, found)
+
+    @torch.no_grad()
+    def _between(self, first: Tensor, second: Tensor) -> Tensor:
+        pair = torch.stack([first, second]).float() / 127.5 - 1
+        if self.pixels is not None:
+            pair = F.interpolate(pair, size=(self.pixels, self.pixels), mode="bilinear", antialias=True)
+        return self.distance(pair[:1], pair[1:]).flatten()[0]

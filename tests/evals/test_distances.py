@@ -1,0 +1,151 @@
+"""Kernel and Fréchet distances, LPIPS and CLIP: on numbers known beforehand, with what is learned handed in."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import CLIPConfig, CLIPModel
+
+from efface.core.errors import MissingExtra
+from efface.core.evidence import Samples, Shot
+from efface.core.sampling import seeded
+from efface.evals.detectors import clip
+from efface.evals.detectors.clip import Clip
+from efface.evals.metrics import kid as kernel
+from efface.evals.metrics import lpips
+from efface.evals.metrics.frechet import Frechet
+from efface.evals.metrics.kid import KID, kid, mmd
+from efface.evals.metrics.lpips import Lpips
+
+SHOTS = tuple(Shot(f"p{i}", i, "unrelated", "dog") for i in range(40))
+
+
+def drawn(shift: float = 0.0, seed: int = 0, n: int = 40) -> Tensor:
+    return torch.randn((n, 4), generator=seeded(seed)) + shift
+
+
+def samples(features: Tensor) -> Samples:
+    return Samples(SHOTS, features=features)
+
+
+def test_the_unbiased_kernel_distance_is_its_formula() -> None:
+    """Against the double sum, written out."""
+    x, y = drawn(n=5), drawn(1.0, 1, 7)
+
+    def k(a: Tensor, b: Tensor) -> float:
+        return float((a.double() @ b.double() / 4 + 1) ** 3)
+
+    within = [sum(k(a, b) for i, a in enumerate(z) for j, b in enumerate(z) if i != j) / (len(z) * (len(z) - 1)) for z in (x, y)]
+    across = sum(k(a, b) for a in x for b in y) / 35
+    assert mmd(x, y) == pytest.approx(sum(within) - 2 * across)
+    with pytest.raises(ValueError, match="needs two pictures on both sides"):
+        mmd(x[:1], y)
+
+
+def test_it_is_unbiased_and_the_frechet_distance_is_not() -> None:
+    """Two draws of one kind: the mean over many is 0 within its error for the kernel distance; the Fréchet one is always above."""
+    from efface.ops.frechet import frechet
+
+    pairs = [(drawn(0, 2 * i, 20), drawn(0, 2 * i + 1, 20)) for i in range(200)]
+    values = torch.tensor([mmd(a, b) for a, b in pairs])
+    assert values.mean().abs() < 3 * values.std() / 200**0.5
+    assert (values < 0).any()
+    assert min(frechet(a, b) for a, b in pairs) > 0
+
+
+def test_pairs_of_one_noise_are_no_evidence_that_two_sets_are_alike() -> None:
+    """Of one kind, but correlated: unbiased without the pairs; with them it is far below 0, as if the sets were more alike than alike."""
+    pairs = [(a, 0.95 * a + (1 - 0.95**2) ** 0.5 * b) for a, b in ((drawn(0, 2 * i, 20), drawn(0, 2 * i + 1, 20)) for i in range(200))]
+    fair, unfair = (torch.tensor([mmd(a, b, paired=paired) for a, b in pairs]) for paired in (True, False))
+    assert fair.mean().abs() < 3 * fair.std() / 200**0.5
+    assert unfair.mean() < -10 * unfair.std() / 200**0.5
+    same = drawn()
+    assert mmd(same, same, paired=True) == 0
+    with pytest.raises(ValueError, match="expected as many on both sides"):
+        mmd(same, same[:5], paired=True)
+
+
+def test_large_sets_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = drawn(n=30), drawn(0.5, 1, 30)
+    whole = kid(x, y)
+    monkeypatch.setattr(kernel, "SUBSET", 10)
+    parts = [1000 * mmd(x[i : i + 10], y[i : i + 10]) for i in (0, 10, 20)]
+    assert kid(x, y) == pytest.approx(sum(parts) / 3)
+    assert kid(x, y) != whole
+
+
+@pytest.mark.parametrize("metric", [KID, Frechet])
+def test_to_the_un_erased_model_and_to_a_reference(metric: type[KID | Frechet]) -> None:
+    first, far, real = drawn(), drawn(2.0, 1), drawn(2.0, 2, 60)
+    same, moved = metric().measure(samples(first), samples(first)), metric().measure(samples(first), samples(far))
+    assert same.before.value == moved.before.value == 0
+    assert same.after.value < moved.after.low < moved.after.value < moved.after.high
+    nearer = metric(reference=real).measure(samples(first), samples(far))
+    assert nearer.before.value > 5 * abs(nearer.after.value)
+    assert nearer.change.value == pytest.approx(nearer.after.value - nearer.before.value)
+    assert nearer.change.high < 0  # damage that the distance to real pictures takes for an improvement
+    with pytest.raises(ValueError, match="needs an embedder's features"):
+        metric().measure(Samples(SHOTS), Samples(SHOTS))
+
+
+def squares(first: Tensor, second: Tensor) -> Tensor:
+    return (first - second).square().mean((1, 2, 3))
+
+
+def test_lpips_is_of_pairs_and_of_its_resolution() -> None:
+    noise = torch.randint(0, 256, (2, 3, 128, 128), generator=seeded(0)).to(torch.uint8)
+    shots = (Shot("a", 0, "target", "monet"), Shot("b", 1, "unrelated", "dog"))
+    before, after = Samples(shots, images=noise), Samples(shots, images=torch.stack([255 - noise[0], noise[1]]))
+    full, small = (Lpips(squares, ("target",), pixels).measure(before, after) for pixels in (None, 64))
+    assert full.before.value == 0
+    assert full.after.value == pytest.approx(float(squares(*(noise[:1].float() / 127.5 - 1, 1 - noise[:1].float() / 127.5))), rel=1e-3)
+    assert small.after.value < 0.5 * full.after.value  # shrinking averages noise away
+    assert (full.after.name, small.after.name) == ("LPIPS (full)", "LPIPS (64)")
+    assert Lpips(squares, ("unrelated",)).measure(before, after).after.value == 0
+    with pytest.raises(ValueError, match="holds? none; measure again"):
+        Lpips(squares).measure(Samples(shots), Samples(shots))
+
+
+class Prepared:
+    """What prepares pictures and texts for a small CLIP."""
+
+    def __call__(self, images: list[Tensor] | None = None, text: Sequence[str] | None = None, **options: Any) -> dict[str, Tensor]:
+        if images is not None:
+            pixels = torch.stack(images).float() / 255
+            return {"pixel_values": torch.nn.functional.interpolate(pixels, size=(16, 16))}
+        rows = [[1, *(2 + ord(c) % 20 for c in one[:6]), *([0] * (6 - len(one[:6]))), 24] for one in text or ()]
+        return {"input_ids": torch.tensor(rows), "attention_mask": torch.ones(len(rows), 8, dtype=torch.long)}
+
+
+def test_clip_gives_unit_vectors_of_one_space_and_its_backbone_is_in_its_name() -> None:
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    text = {**sizes, "vocab_size": 25, "max_position_embeddings": 8, "eos_token_id": 24, "bos_token_id": 1, "pad_token_id": 0}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = CLIPModel(
+            CLIPConfig(text_config=text, vision_config={**sizes, "image_size": 16, "patch_size": 8}, projection_dim=12)
+        ).eval()
+    found = Clip(model, Prepared(), "tiny")
+    images, texts = found.embed_images(torch.rand((3, 3, 32, 32), generator=seeded(0))), found.embed_texts(["a cat", "a dog"])
+    assert (images.shape, texts.shape) == ((3, 12), (2, 12))
+    for rows in (images, texts):
+        assert rows.norm(dim=-1).sub(1).abs().max() < 1e-5
+        assert (rows[0] - rows[1]).abs().max() > 1e-4
+    before = found.version
+    assert found.name == "clip tiny"
+    model.text_projection.weight.data.mul_(2)
+    assert found.version != before
+
+
+def test_without_their_packages_they_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (lpips, clip):
+        monkeypatch.setattr(module, "find_spec", lambda name: None)
+    assert not lpips.available()
+    with pytest.raises(MissingExtra, match=r"pip install 'efface\[metrics\]'"):
+        lpips.load()
+    with pytest.raises(MissingExtra, match=r"pip install 'efface\[metrics\]'"):
+        Clip.load()
