@@ -19,6 +19,8 @@ COMMANDS = (
     ["world", "train"],
     ["measure"],
     ["sweep"],
+    ["report"],
+    ["import"],
     ["check"],
     ["export"],
     ["sae"],

@@ -82,7 +82,9 @@ def rehearse(asked: Sweep, device: str | None, dtype: str | None, json: bool) ->
 
     with tempfile.TemporaryDirectory() as folder:
         small = dry.sweep(asked, Path(folder))
-        found = run(small.trials, Path(folder), load=lambda name: open_model(name, device, dtype), setup=dry.setup)
+        model = open_model(small.trials[0].model, device, dtype)
+        given = dry.given(small.trials, model)
+        found = run(small.trials, Path(folder), load=lambda name: model, setup=dry.setup, given=given)
     failed = [record for record in found if "error" in record]
     if failed:
         first = failed[0]

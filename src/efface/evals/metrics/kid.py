@@ -3,7 +3,8 @@
     MMD²(X, Y) = Σ_{i≠j} k(x_i, x_j)/(n(n−1)) + Σ_{i≠j} k(y_i, y_j)/(m(m−1)) − 2 Σ_{i,j} k(x_i, y_j)/(nm),   k(x, y) = (xᵀy/d + 1)³
 
 times 1000. The last sum leaves out i = j where x_i and y_i are of the same noise, since such a pair is alike whatever the sets are: with
-those, an edit that moves its pictures a little would have a distance far below 0. It can be a little below 0, where two sets are of one kind.
+those, an edit that moves its pictures a little would have a distance far below 0. A little below 0 it can be, where two sets are of one
+kind.
 
 Papers take it over 100 subsets of at most 1000 pictures; up to 1000 pictures are taken whole here, and more in consecutive parts of 1000 at
 most, which are averaged. **It is the published KID only in Inception's features**; the name of the embedder says which they were.
