@@ -193,6 +193,21 @@ def test_several_targets_have_their_own_candidates_and_logits(tiny_model):
     assert not torch.equal(logits(game)[0], start[0])
 
 
+@pytest.mark.parametrize("share", [0.5, 0.0, 0.8])
+def test_kept_concepts_have_their_share_of_the_first_draws(tiny_model, share):
+    game = begun(tiny_model, centers=0, keep_share=share)
+    chance = logits(game)[0].softmax(0)
+    others = [float(chance[i]) for i, word in enumerate(game.table.words) if word != "dog"]
+    assert float(chance[game.table.words.index("dog")]) == pytest.approx(share or 1 / len(game.table.words))
+    assert max(others) == pytest.approx(min(others))
+
+
+def test_without_kept_concepts_and_in_the_authors_run_all_words_start_alike(tiny_model):
+    for fields, task in (({}, Task.of("cat")), ({"keep_share": catalog.method("ap(preset='authors')").keep_share}, TASK)):
+        chance = logits(begun(tiny_model, task, centers=0, **fields))[0].softmax(0)
+        assert torch.allclose(chance, torch.full_like(chance, 1 / len(chance)))
+
+
 # -- candidates ----------------------------------------------------------------------------------------------------------
 
 

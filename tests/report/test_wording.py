@@ -107,3 +107,10 @@ def test_no_headline_claims_an_erasure_of_what_was_hardly_drawn(run: Run) -> Non
     assert "too few to tell" in wording.headline(result(run, target=(0.9, 1), others=(1, 1)))
     assert "too rarely drawn" in wording.verdict(result(run, target=(0.9, 1), others=(1, 1)))
     assert wording.headline(result(run, target=(0.1, 1), others=(1, 1))).endswith("is erased, and other concepts are kept")
+
+
+def test_a_protocol_that_states_its_own_finding_is_believed(run: Run) -> None:
+    told = replace(result(run, target=(0.0, 1.0)), finding="nothing was drawn before, so there was nothing to erase")
+    assert wording.headline(told) == "nothing was drawn before, so there was nothing to erase"
+    assert wording.verdict(told) == "nothing was drawn before, so there was nothing to erase."
+    assert wording.headline(replace(told, finding="")) == "“cat” is erased"

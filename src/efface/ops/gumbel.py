@@ -58,8 +58,8 @@ class Adversary:
     @torch.no_grad()
     def favour(self, words: Sequence[int], share: float) -> None:
         """Sets the logits so that each target's draw is one of `words` (indices) with the probability `share`, 0 ≤ share < 1, and all
-        others stay as likely among themselves. Nothing happens with a share of 0, or for a
-        target that has none of these words or no others."""
+        others stay as likely among themselves. Nothing happens with a share of 0, or for a target that has none of these words or no
+        others."""
         chosen = torch.zeros(len(self.logits[0]), dtype=torch.bool, device=self.logits[0].device)
         chosen[list(words)] = True
         for logits in self.logits:

@@ -56,6 +56,8 @@ def targets(result: Result) -> str:
 
 def verdict(result: Result) -> str:
     """One paragraph: what happened to the target and to everything else, each with its interval; and what spoils the finding."""
+    if result.finding:
+        return f"{result.finding}."
     target, others = result.line("target.ESR-1"), result.line("others.PSR-1")
     if target is None:
         return f"Nothing was judged: no detector looked at the pictures. {_moved(result)}".strip()
@@ -67,6 +69,8 @@ def verdict(result: Result) -> str:
 
 def headline(result: Result) -> str:
     """The verdict in a few words: "“cat” is erased, and other concepts are kept"."""
+    if result.finding:
+        return result.finding
     target, others = result.line("target.ESR-1"), result.line("others.PSR-1")
     if target is None:
         return f"{targets(result)}: not judged"
