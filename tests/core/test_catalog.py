@@ -42,6 +42,14 @@ def test_every_bundled_method_is_found_and_documented():
             assert catalog.method(str(built)) == built
 
 
+def test_a_method_trains_the_group_of_its_field_where_the_model_has_it(tiny_model):
+    """A field that is called `group` and names none of the model's groups is about something else."""
+    assert Ours().trained() == Ours().trained(tiny_model) == ("xattn",)
+    assert Ours(group="their own").trained() == ("their own",)
+    assert Ours(group="their own").trained(tiny_model) == Ours.needs.groups
+    assert catalog.method("mace").trained(tiny_model) == catalog.method("mace").trained() == ("text_kv",)
+
+
 def test_presets_fields_and_kinds():
     assert catalog.method(PATH) == Ours()
     assert catalog.method(f"{PATH}(steps=5)") == Ours(steps=5)

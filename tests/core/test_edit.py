@@ -157,6 +157,15 @@ def test_extras_are_files_of_their_own(tiny_model, tmp_path):
     assert Edit.load(path).extras == {}
 
 
+def test_a_kind_is_read_by_its_own_class_and_not_by_a_subclass():
+    class Ours(WeightEdit):
+        """Somebody's weight edit."""
+
+    assert Ours.kind == "weight"
+    assert Edit.kinds["weight"] is WeightEdit
+    assert list(Edit.kinds) == ["weight", "low-rank", "feature", "sampling", "chain"]
+
+
 def test_edits_stack_and_detach_in_reverse_only(tiny_model):
     first, second = weight_edit(tiny_model), low_rank_edit(tiny_model)
     was = state(tiny_model)

@@ -117,7 +117,7 @@ def test_the_codes_search_is_dead_at_the_start_and_the_papers_is_not(model):
     for grad, dead in (("l2_only", True), ("full", False)):
         game = begun(model, target_grad=grad, temperature=1.0)
         start = logits(game)
-        game.target_step(sgd(game.adversary.logits))
+        game.word_step(sgd(game.adversary.logits))
         moved = (logits(game) - start)[start.isfinite()].abs().max()
         assert bool(moved < 1e-9) is dead
         assert all(p.grad is None for network in model.components.values() for p in network.parameters())
@@ -146,7 +146,7 @@ def test_the_search_climbs_the_terms_that_it_names(tiny_model, grad, terms, wron
     game = begun(tiny_model, disturbed=True, target_grad=grad, temperature=1.0, keep_weight=0.7)
     start, finite = logits(game), logits(game)[0].isfinite()
     right, other = whole(game, terms), whole(game, wrong)
-    game.target_step(sgd(game.adversary.logits))
+    game.word_step(sgd(game.adversary.logits))
     moved = (logits(game) - start)[0]
     scale = float(right[finite].abs().max())
     assert torch.allclose(moved[finite], right[finite], rtol=1e-2, atol=1e-3 * scale)
@@ -160,7 +160,7 @@ def test_each_move_changes_its_own_parameters_only(tiny_model):
         return torch.cat([p.detach().flatten() for p in game.student.parameters])
 
     before, start = weights(), logits(game)
-    game.target_step(torch.optim.Adam(game.adversary.logits, lr=0.1))
+    game.word_step(torch.optim.Adam(game.adversary.logits, lr=0.1))
     assert torch.equal(weights(), before)
     assert not torch.equal(logits(game), start)
     start = logits(game)
@@ -177,7 +177,7 @@ def test_the_papers_search_leaves_the_concept_itself_and_the_codes_does_not(tiny
         game = begun(tiny_model, Task.of("cat"), pair, target_grad=grad, temperature=1.0, exclude_targets=False)
         climb = torch.optim.Adam(game.adversary.logits, lr=0.3)
         for _ in range(12):
-            game.target_step(climb)
+            game.word_step(climb)
         chances[grad] = dict(game.targeted()["cat"])
     assert chances["full"]["tiger"] > 0.9
     assert chances["l2_only"]["tiger"] == pytest.approx(0.5, abs=1e-4)

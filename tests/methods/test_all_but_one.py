@@ -29,7 +29,7 @@ def trace(model, task=TASK, **fields):
 
 def rows_of(model, task=TASK, **fields):
     method = AllButOne(**{**SMALL, **fields})
-    return method.walked(model, method.prompts(model, task), seeded(0))
+    return method.mixed(model, method.prompts(model, task), seeded(0))
 
 
 @torch.no_grad()
@@ -122,7 +122,7 @@ def test_a_share_of_the_trajectories_may_be_neutral(tiny_model):
     words = Resources(vocabulary=("king",))
     for share, text in ((1.0, "king"), (0.0, "cat")):
         method = AllButOne(**SMALL, neutral=share)
-        rows = method.walked(tiny_model, method.prompts(tiny_model, TASK, words), seeded(0))
+        rows = method.mixed(tiny_model, method.prompts(tiny_model, TASK, words), seeded(0))
         told, null = tiny_model.encode([text]), tiny_model.encode([""])
         with torch.no_grad():
             expected = tiny_model.guided(rows.x[:2], rows.told[:2], told, null, 3.0)

@@ -32,7 +32,7 @@ def begun(model, task=TASK, resources=WORDS, disturbed=False, **fields):
     for network in model.components.values():
         network.requires_grad_(False)
     game = Game(AP(**{**SMALL, **fields}), model, task, resources, seeded(0))
-    game.pools = game.walked(erasing=True)
+    game.pools = game.walked("word", "target")
     if disturbed:
         g = seeded(9)
         with torch.no_grad():
@@ -183,7 +183,7 @@ def test_hard_words_are_rows_of_the_vocabulary_and_soft_ones_mixtures(tiny_model
 def test_several_targets_have_their_own_candidates_and_logits(tiny_model):
     task = Task.of(["cat", "car"])
     game = begun(tiny_model, task, disturbed=True, centers=0)
-    assert "car" in game.method.candidates(tiny_model, Task.of("cat"), WORDS)["cat"]
+    assert "car" in game.method.nearby(tiny_model, Task.of("cat"), WORDS)["cat"]
     assert [sorted(words) for words in game.candidates.values()] == [["bus", "lion", "tiger"]] * 2
     kept = game.pools[0]
     game.pools[0] = dataclasses.replace(kept, target=torch.zeros_like(kept.target))
@@ -212,7 +212,7 @@ def test_without_kept_concepts_and_in_the_authors_run_all_words_start_alike(tiny
 
 
 def test_candidates_are_the_nearest_words_by_the_whole_encoding(tiny_model):
-    found = AP(centers=0, nearest=3).candidates(tiny_model, Task.of("cat"), Resources(vocabulary=tiny_model.words()))["cat"]
+    found = AP(centers=0, nearest=3).nearby(tiny_model, Task.of("cat"), Resources(vocabulary=tiny_model.words()))["cat"]
     tokens = {w: tiny_model.encode([w]).tokens.detach().flatten() for w in [*tiny_model.words(), "cat"]}
     ranked = sorted((w for w in tokens if w != "cat"), key=lambda w: float((tokens[w] - tokens["cat"]).norm()))
     assert found == ranked[:3]
@@ -221,19 +221,19 @@ def test_candidates_are_the_nearest_words_by_the_whole_encoding(tiny_model):
 def test_centers_bound_the_candidates_and_keep_words_join_whatever_is_dropped(tiny_model):
     task, wide = Task.of("cat", ["dog", "van gogh"]), Resources(vocabulary=tiny_model.words())
     for centers in (1, 5):
-        found = AP(centers=centers).candidates(tiny_model, task, wide)["cat"]
+        found = AP(centers=centers).nearby(tiny_model, task, wide)["cat"]
         assert {"dog", "van gogh"} <= set(found)
         assert len(found) <= centers + 2
-    assert found == AP(centers=5).candidates(tiny_model, task, wide)["cat"]
-    everything = AP(centers=0).candidates(tiny_model, task, wide)["cat"]
+    assert found == AP(centers=5).nearby(tiny_model, task, wide)["cat"]
+    everything = AP(centers=0).nearby(tiny_model, task, wide)["cat"]
     assert len(everything) == len(set(everything)) > 40
 
 
 def test_targets_are_left_out_whatever_their_case_unless_told_otherwise(tiny_model):
     task, words = Task.of("Church"), Resources(vocabulary=("church", "CHURCH", "castle", "house", "hot dog"), exclude=("House",))
-    assert sorted(AP().candidates(tiny_model, task, words)["Church"]) == ["castle", "hot dog"]
+    assert sorted(AP().nearby(tiny_model, task, words)["Church"]) == ["castle", "hot dog"]
     authors = catalog.method("ap(preset='authors', centers=0)")
-    found = authors.candidates(tiny_model, task, words)["Church"]
+    found = authors.nearby(tiny_model, task, words)["Church"]
     assert found[0] == "church"
     assert "hot dog" not in found
     assert torch.allclose(tiny_model.encode(["Church"]).tokens, tiny_model.encode(["church"]).tokens)
@@ -242,7 +242,7 @@ def test_targets_are_left_out_whatever_their_case_unless_told_otherwise(tiny_mod
 def test_no_candidate_left_is_an_error_that_says_what_to_do(tiny_model):
     with pytest.raises(InvalidTask, match="no candidate word is left for 'cat'; give a vocabulary"):
         AP().fit(tiny_model, Task.of("cat"), resources=Resources(vocabulary=("cat", "CAT")))
-    assert AP().candidates(tiny_model, TASK, Resources(vocabulary=("cat",)))["cat"] == ["dog"]
+    assert AP().nearby(tiny_model, TASK, Resources(vocabulary=("cat",)))["cat"] == ["dog"]
 
 
 # -- fit -----------------------------------------------------------------------------------------------------------------
@@ -300,10 +300,10 @@ def test_the_expected_cost_of_fresh_latents_is_the_mean_over_their_walks(tiny_mo
     method = AP(steps=3, batch=2, latents=latents, latent_steps=6)
     game = begun(tiny_model, batch=2, latents=latents, latent_steps=6)
     lengths = []
-    for erasing, parts in ((True, 2), (False, 1)):
+    for sorts in (("word", "target"), ("word",)):
         for _ in range(20):
             tiny_model.meter.reset()
-            rows = game.walked(erasing)
+            rows, parts = game.walked(*sorts), len(sorts)
             assert [len(r) for r in rows] == [2] * parts
             assert tiny_model.meter.forwards == tiny_model.meter.calls * 2 * 2 * parts
             lengths.append(tiny_model.meter.calls)
@@ -347,7 +347,7 @@ def test_the_trace_tells_what_happened_and_survives_the_file(tiny_model, tmp_pat
     resources = dataclasses.replace(WORDS, report=lambda *figures: seen.append(figures))
     edit = AP(**SMALL).fit(tiny_model, task, seed=1, resources=resources)
     trace = Edit.load(edit.save(tmp_path / "no-cat.safetensors")).extras["trace"]
-    assert trace.info["candidates"] == AP(**SMALL).candidates(tiny_model, task, resources)
+    assert trace.info["candidates"] == AP(**SMALL).nearby(tiny_model, task, resources)
     for target, words in trace.info["candidates"].items():
         assert trace.tensors[f"logits/{target}"].shape == (4, len(words))
         assert trace.tensors[f"logits/{target}"].isfinite().all()

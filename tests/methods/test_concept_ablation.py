@@ -6,24 +6,14 @@ import pytest
 import torch
 from models.skeleton import skeleton
 
+from efface.concepts.rewording import named, pairs_of, replaced, subjects
 from efface.core import catalog
 from efface.core.errors import InvalidMethod, InvalidTask
 from efface.core.fitting import fitting
 from efface.core.method import Resources
 from efface.core.sampling import seeded
 from efface.core.task import Concept, Swap, Task
-from efface.methods.concept_ablation import (
-    Album,
-    ConceptAblation,
-    Encoder,
-    augmented,
-    masked_mean,
-    named,
-    noised,
-    pairs_of,
-    replaced,
-    subjects,
-)
+from efface.methods.concept_ablation import Album, ConceptAblation, Encoder, augmented, masked_mean, noised
 from efface.ops.bos import first_detached
 from efface.ops.overlay import Overlay
 
@@ -196,9 +186,9 @@ def test_words_may_be_added_and_captions_given():
 
 def test_pictures_of_styles_show_no_target():
     task = Task.of(["style:van gogh", "cat"])
-    assert "cat" not in subjects(task, Resources())
-    assert "dog" in subjects(task, Resources())
-    assert subjects(task, Resources(vocabulary=("Cat", "boat"))) == ["boat"]
+    assert "cat" not in subjects(task)
+    assert "dog" in subjects(task)
+    assert subjects(task, ("Cat", "boat")) == ["boat"]
 
 
 # -- what is held --------------------------------------------------------------------------------------------------------

@@ -33,8 +33,8 @@ def losses(model, task=TASK, seed=0, **fields):
 def rows_of(model, task=TASK, seed=0, **fields):
     """The latents of the first step, from the student that has not moved."""
     method = ESD(**{**SMALL, **fields})
-    with torch.no_grad():
-        return method.walked(model, method.prompts(model, task), seeded(seed))
+    prompts = method.prompts(model, task)
+    return method.walked(model, prompts.trained, seeded(seed), null=prompts.null)
 
 
 @torch.no_grad()

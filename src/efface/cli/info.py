@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import sys
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -13,16 +12,7 @@ from efface.cli.options import Json
 from efface.cli.output import columns, emit
 
 if TYPE_CHECKING:
-    from efface.core.edit import Edit
     from efface.core.method import Method
-
-
-KEEP = {
-    "preserved": "kept concepts enter the objective, and the method preserves them",
-    "candidates": "kept concepts are added to the words that the method searches",
-    "measured only": "nothing is done with kept concepts while fitting; they are only measured",
-}
-"""What `--keep` does, by the word in `Needs`."""
 
 
 def list_methods(
@@ -35,7 +25,7 @@ def list_methods(
     if standard:
         list_standard(json)
         return
-    rows = [_row(name, catalog.find(name)) for name in catalog.names()]
+    rows = [_row(name, catalog.method(name)) for name in catalog.names()]
     emit(rows, columns(rows, ("method", "edit", "what it is", "trains", "keep", "venue", "paper"), header=True), json)
 
 
@@ -48,38 +38,20 @@ def list_standard(json: bool) -> None:
     emit(rows, columns(shown, ("task", "kind", "neighbours"), header=True), json)
 
 
-def _row(name: str, cls: type[Method]) -> dict[str, str]:
+def _row(name: str, method: Method) -> dict[str, str]:
+    from efface.report.profiles import described, edits
+
+    about = described(method)
     return {
         "method": name,
-        "paper": cls.paper.title,
-        "venue": cls.paper.venue,
-        "keep": cls.needs.keep,
-        "edit": " or ".join(kind.kind for kind in _edits(cls)) or "any",
-        "what it is": " or ".join(kind.threat.partition(":")[0] for kind in _edits(cls)) or "see its card",
-        "trains": _trained(cls()),
-        "threat": _threat(cls),
+        "paper": about.paper.title,
+        "venue": about.paper.venue,
+        "keep": about.needs.keep,
+        "edit": " or ".join(about.kinds) or "any",
+        "what it is": " or ".join(kind.threat.partition(":")[0] for kind in edits(type(method))) or "see its card",
+        "trains": about.trains,
+        "threat": about.threat,
     }
-
-
-def _edits(cls: type[Method]) -> list[type[Edit]]:
-    """The kinds of edit that `fit` is declared to return; none where it may be any."""
-    from typing import get_args, get_type_hints
-
-    from efface.core.edit import Edit
-
-    declared = get_type_hints(cls.fit)["return"]
-    return [kind for kind in get_args(declared) or (declared,) if inspect.isclass(kind) and issubclass(kind, Edit) and kind is not Edit]
-
-
-def _threat(cls: type[Method]) -> str:
-    kinds = _edits(cls)
-    return "; or ".join(kind.threat for kind in kinds) or "depends on the edit that it returns; see its card"
-
-
-def _trained(method: Method) -> str:
-    """The parameter group that is changed: the field `group` where there is one."""
-    group = getattr(method, "group", None)
-    return group if isinstance(group, str) else ", ".join(method.needs.groups) or "nothing"
 
 
 def show(
@@ -98,29 +70,29 @@ def show(
 def _card(built: Method, figures: dict[str, Any] | None) -> dict[str, Any]:
     from efface.core import catalog
     from efface.models.families import FAMILIES
+    from efface.report.profiles import KEEP, card, described
 
-    cls = type(built)
-    docs = {name: " ".join(text.split()) for name, text in cls.field_docs().items()}
+    cls, about = type(built), described(built)
     fields = [
-        {"field": f.name, "value": getattr(built, f.name), "default": f.default, "meaning": docs.get(f.name, "")}
-        for f in dataclasses.fields(built)  # type: ignore[arg-type]
+        {"field": name, "value": getattr(built, name), "default": default, "meaning": about.fields.get(name, "")}
+        for name, default in about.defaults.items()
     ]
     lacking = catalog.missing(cls, FAMILIES)
     return {
-        "method": cls.name(),
+        "method": about.name,
         "text": str(built),
-        "card": inspect.cleandoc(inspect.getmodule(cls).__doc__ or ""),
+        "card": card(cls),
         "fields": fields,
         "presets": {name: dict(values) for name, values in cls.presets.items()},
-        "needs": dataclasses.asdict(cls.needs),
-        "keep": KEEP[cls.needs.keep],
-        "trains": _trained(built),
+        "needs": dataclasses.asdict(about.needs),
+        "keep": KEEP[about.needs.keep],
+        "trains": about.trains,
         "families": [family for family, groups in lacking.items() if not groups],
         "unsupported": {family: groups for family, groups in lacking.items() if groups},
-        "edit": [kind.kind for kind in _edits(cls)],
-        "threat": _threat(cls),
+        "edit": list(about.kinds),
+        "threat": about.threat,
         "cost": {"formula": _cost(cls), "figures": figures},
-        "paper": dataclasses.asdict(cls.paper),
+        "paper": dataclasses.asdict(about.paper),
     }
 
 

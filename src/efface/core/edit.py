@@ -7,167 +7,25 @@ swaps it in by reference and keeps the originals, so detaching is exact to the b
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from efface.core import file
+from efface.core.attachment import Attachment, Edit, Part
 from efface.core.card import Card, Match
-from efface.core.errors import InvalidEdit, NoEffect, Overlap, Unsupported
+from efface.core.errors import InvalidEdit, Overlap, Unsupported
 from efface.core.features import FEATURES, Feature, FeatureMap
 from efface.core.gate import PromptGate
 from efface.core.model import Model, Rule
 from efface.core.rules import RULES
-from efface.core.sampling import noise_for
 from efface.ops.gate import Membranes
-from efface.ops.overlay import Slot
 from efface.ops.ridge import RightFactor
 
 __all__ = ["Attachment", "Chain", "Edit", "FeatureEdit", "FeatureMap", "LowRankEdit", "Part", "Patch", "SamplingEdit", "WeightEdit"]
-
-VERSION = 1
-"""Of the file format; a reader refuses a newer one."""
-
-
-@dataclass(frozen=True, eq=False)
-class Part:
-    """A named extra of an edit, saved as a file of its own beside it: a trace, a key, an autoencoder."""
-
-    tensors: Mapping[str, Tensor] = field(default_factory=dict)
-    info: Mapping[str, Any] = field(default_factory=dict)
-    """JSON values."""
-
-
-@dataclass(frozen=True, eq=False)
-class Attachment:
-    """An edit in place: what it holds, what stood there before, and how to undo it."""
-
-    names: frozenset[str]
-    originals: tuple[tuple[Slot, Tensor], ...]
-    undo: Callable[[], None]
-
-
-class Edit(ABC):
-    """What a `Method` returns. See the module's docstring for the kinds."""
-
-    kind: ClassVar[str]
-    threat: ClassVar[str]
-    """What somebody who holds the model must do to undo the erasure."""
-    card: Card
-    extras: Mapping[str, Part]
-
-    @property
-    def lost_in_weights(self) -> str:
-        """What a change of weights, such as a plain LoRA, cannot hold of this edit, in a sentence to warn with; "" for nothing."""
-        return ""
-
-    @property
-    @abstractmethod
-    def names(self) -> frozenset[str]:
-        """The parameters or outputs that it changes; two attached edits may not share one."""
-
-    @abstractmethod
-    def _enter(self, model: Model) -> Attachment:
-        """Puts the edit in place, unchecked."""
-
-    @abstractmethod
-    def _pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Tensors and JSON settings, from which `_unpack` makes the edit again."""
-
-    @classmethod
-    @abstractmethod
-    def _unpack(cls, tensors: dict[str, Tensor], settings: dict[str, Any], card: Card, extras: Mapping[str, Part]) -> Edit: ...
-
-    @contextmanager
-    def attach(self, model: Model, *, match: Match = "exact", check: bool = True) -> Iterator[Model]:
-        """The model with the edit in place; on leaving, the originals are back to the bit.
-
-        Edits form a stack and are detached in reverse order. `match` says how well the model must fit: "exact" (the very
-        weights, in any number format), "family", or "force". With `check` the denoising of the target must really change.
-
-        Raises Mismatch, Overlap (another attached edit holds the same tensor), NoEffect."""
-        self.card.check(model, match)
-        taken = self.names & frozenset().union(*(a.names for a in model.attached))
-        if taken:
-            raise Overlap(f"another attached edit already changes {sorted(taken)[0]!r} ({len(taken)} in common); detach it first")
-        before = [_probe(model, text) for text in self.card.probes] if check else []
-        attachment = self._enter(model)
-        model.attached.append(attachment)
-        try:
-            if check and before and all(torch.equal(a, _probe(model, t)) for a, t in zip(before, self.card.probes, strict=True)):
-                raise NoEffect(
-                    f"attached, the edit changes nothing for {', '.join(map(repr, self.card.probes))}; pass check=False if that is meant"
-                )
-            yield model
-        finally:
-            if model.attached[-1] is not attachment:
-                raise Overlap("edits are detached in reverse order, and a later one is still attached")
-            model.attached.pop()
-            attachment.undo()
-
-    def bake(self, model: Model, *, match: Match = "exact") -> None:
-        """Makes the change permanent in `model` (and in the pipeline around it). Raises Unsupported where the kind is no
-        weight change, Mismatch, or Overlap while edits are attached."""
-        raise Unsupported(f"a {self.kind} edit is a removable hook and no change of weights, so it cannot be baked in; use attach")
-
-    def save(self, path: str | Path) -> Path:
-        """Writes one safetensors file with the card in its header, and each extra beside it as NAME.EXTRA.safetensors."""
-        path = Path(path)
-        if path.suffix != ".safetensors":
-            raise InvalidEdit(f"an edit is saved as .safetensors, and {path.name!r} was given")
-        tensors, settings = self._pack()
-        for name, part in self.extras.items():
-            file.write(_beside(path, name), part.tensors, {"format": "efface-part", "version": VERSION, "info": part.info})
-        header = {"format": "efface-edit", "version": VERSION, "kind": self.kind, "threat": self.threat, "card": self.card.json()}
-        return file.write(path, tensors, {**header, "settings": settings, "extras": sorted(self.extras)})
-
-    @staticmethod
-    def load(path: str | Path) -> Edit:
-        """Reads what `save` wrote; extras that are not beside the file are left out. Raises InvalidEdit."""
-        path = Path(path)
-        tensors, header = file.read(path)
-        _check_header(header, "efface-edit", path)
-        kinds = {cls.kind: cls for cls in (WeightEdit, LowRankEdit, FeatureEdit, SamplingEdit, Chain)}
-        if header.get("kind") not in kinds:
-            raise InvalidEdit(f"{path} holds the unknown kind of edit {header.get('kind')!r}; known are {', '.join(kinds)}")
-        extras = {name: _read_part(_beside(path, name)) for name in header.get("extras", []) if _beside(path, name).exists()}
-        try:
-            return kinds[header["kind"]]._unpack(tensors, header["settings"], Card.from_json(header["card"]), extras)
-        except KeyError as error:
-            raise InvalidEdit(f"{path} lacks {error}; the file is corrupt, make it again") from error
-
-
-def _beside(path: Path, extra: str) -> Path:
-    return path.with_name(f"{path.stem}.{extra}.safetensors")
-
-
-def _read_part(path: Path) -> Part:
-    tensors, header = file.read(path)
-    _check_header(header, "efface-part", path)
-    return Part(tensors, header["info"])
-
-
-def _check_header(header: Mapping[str, Any], expected: str, path: Path) -> None:
-    if header.get("format") != expected:
-        raise InvalidEdit(f"{path} holds {header.get('format')!r}, and {expected!r} was expected")
-    if header.get("version") != VERSION:
-        raise InvalidEdit(f"{path} has the file version {header.get('version')!r}, and this efface reads {VERSION}; upgrade efface")
-
-
-@torch.no_grad()
-def _probe(model: Model, text: str) -> Tensor:
-    """A guided prediction on fixed noise at the middle of the schedule, not counted by the meter."""
-    spent = model.meter.forwards, model.meter.calls
-    x = noise_for(0, 1, model.latent_shape).to(model.device, model.dtype)
-    result = model.guided(x, model.schedule.train_steps // 2, model.encode([text]), model.encode([""]), 3.0)
-    model.meter.forwards, model.meter.calls = spent
-    return result
 
 
 def _put(model: Model, deltas: Mapping[str, Tensor]) -> Attachment:
@@ -457,9 +315,8 @@ class Chain(Edit):
 
     @classmethod
     def _unpack(cls, tensors: dict[str, Tensor], settings: dict[str, Any], card: Card, extras: Mapping[str, Part]) -> Chain:
-        kinds = {k.kind: k for k in (WeightEdit, LowRankEdit, FeatureEdit, SamplingEdit, Chain)}
         edits = []
         for number, part in enumerate(settings["parts"]):
             own = {n.removeprefix(f"{number}|"): t for n, t in tensors.items() if n.startswith(f"{number}|")}
-            edits.append(kinds[part["kind"]]._unpack(own, part["settings"], Card.from_json(part["card"]), {}))
+            edits.append(Edit.kinds[part["kind"]]._unpack(own, part["settings"], Card.from_json(part["card"]), {}))
         return cls(tuple(edits), card, extras)

@@ -19,7 +19,7 @@ class InvalidMethod(EffaceError, ValueError):
 
 
 class InvalidAttack(EffaceError, ValueError):
-    """An attack's text form that cannot be read: unknown attack, field, preset or value."""
+    """An attack's text form that cannot be read, unknown attack, field, preset or value; or a budget for not one candidate."""
 
 
 class InvalidModel(EffaceError, ValueError):

@@ -59,6 +59,8 @@ class Work(Protocol):
     @classmethod
     def name(cls) -> str: ...
 
+    def trained(self, model: Model) -> tuple[str, ...]: ...
+
     def require(self, model: Model, task: Task) -> None: ...
 
     def cost(self, model: Model, task: Task) -> dict[str, float]: ...
@@ -76,7 +78,7 @@ def fitting(method: Work, model: Model, task: Task, seed: int, resources: Resour
     method.require(model, task)
     if resources.checkpoint_every < 1:
         raise ValueError(f"checkpoint_every was {resources.checkpoint_every}; expected at least 1")
-    fit = Fit(method, model, task, seed, resources, model.learning_rate(lr, *_trained(method, model)), seeded(seed))
+    fit = Fit(method, model, task, seed, resources, model.learning_rate(lr, *method.trained(model)), seeded(seed))
     with model.frozen():
         fit.begin()
         try:
@@ -85,12 +87,6 @@ def fitting(method: Work, model: Model, task: Task, seed: int, resources: Resour
             fit.forget()
             raise
     fit.forget()
-
-
-def _trained(method: Work, model: Model) -> tuple[str, ...]:
-    """The groups that a method trains: its field `group`, where that names one, or else all that it needs."""
-    chosen, needs = getattr(method, "group", None), getattr(method, "needs", None)
-    return (chosen,) if chosen in model.groups else () if needs is None else tuple(needs.groups)
 
 
 @dataclass(eq=False)

@@ -140,6 +140,13 @@ class Method(ABC):
         An estimate; 0 where nothing is known."""
         return 0
 
+    def trained(self, model: Model | None = None) -> tuple[str, ...]:
+        """The parameter groups that it trains: that of its field `group`, where this names one (of the model's, if one is given), and
+        otherwise all of `needs.groups`."""
+        group = getattr(self, "group", None)
+        named = isinstance(group, str) and (model is None or group in model.groups)
+        return (str(group),) if named else self.needs.groups
+
     @classmethod
     def make_assets(cls, model: Model, task: Task, *, seed: int = 0) -> Mapping[str, Any]:
         """Small assets for `efface check`, made on the spot: one for each name of `needs.assets`. None where none is needed."""

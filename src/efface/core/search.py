@@ -72,8 +72,8 @@ class Search(Attack):
     def search(self, before: Model, after: Model, concept: Concept, detector: Detector, *, budget: int, seed: int = 0) -> Evidence:
         """Searches with at most `budget` samples through the denoisers (the control has a budget of its own).
 
-        Raises Unsupported (`require`, and a label that the detector lacks), Undetermined, ValueError for a budget that does not reach to
-        one candidate."""
+        Raises Unsupported (`require`, and a label that the detector lacks), Undetermined, InvalidAttack for a budget that does not reach
+        to one candidate."""
         self.require(after)
         detector.require([concept.name], concept.kind)
         with Hunt.opened(self, before, after, concept, detector, budget, seed) as hunt:
@@ -168,7 +168,7 @@ class Hunt:
     def opened(
         cls, attack: Search, before: Model, after: Model, concept: Concept, detector: Detector, budget: int, seed: int
     ) -> Iterator[Hunt]:
-        """A hunt whose first pictures are drawn; both models are frozen while it lasts. Raises ValueError for too small a budget."""
+        """A hunt whose first pictures are drawn; both models are frozen while it lasts. Raises InvalidAttack for too small a budget."""
         prompts = concept.texts
         first = FIRST_SEED + STRIDE * seed
         seeds = tuple(range(first, first + len(prompts)))
@@ -176,7 +176,7 @@ class Hunt:
         hunt.begun = hunt.used
         least = pictures.drawing(before, len(prompts)) + pictures.drawing(after, len(prompts))
         if budget <= least:
-            raise ValueError(
+            raise InvalidAttack(
                 f"the budget was {budget} samples, and {least} are spent on drawing {len(prompts)} prompts un-erased and erased; give more"
             )
         with ExitStack() as stack:
@@ -279,10 +279,10 @@ class Hunt:
         return found
 
     def evidence(self) -> Evidence:
-        """Measures the control and puts everything together. Raises Undetermined, ValueError where not one candidate was tried."""
+        """Measures the control and puts everything together. Raises Undetermined, InvalidAttack where not one candidate was tried."""
         count = max(self.tried)
         if self.rest and not count:
-            raise ValueError(f"the budget of {self.budget} samples ended before one candidate was tried; give more")
+            raise InvalidAttack(f"the budget of {self.budget} samples ended before one candidate was tried; give more")
         forwards, backwards = (now - then for now, then in zip(self.used, self.begun, strict=True))
         plain = self.attack.name() == "seed_search"
         control = None if plain else self.controlled(count)

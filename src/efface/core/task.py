@@ -17,6 +17,8 @@ from efface.core.errors import InvalidTask, suggest
 
 Kind = Literal["object", "style", "identity", "unsafe", "other"]
 KINDS: tuple[str, ...] = get_args(Kind)
+NAMED, MOST = 3, 6
+"""How many targets `Task.brief` names where there are more than `MOST`."""
 _RESERVED = ("->", ";", "|", ",", "\n")
 
 
@@ -156,6 +158,13 @@ class Task:
     def texts(self) -> dict[str, str]:
         """Each text to erase, and the text of its anchor ("" for nothing)."""
         return {text: swap.anchor.texts[0] for swap in self.erase for text in swap.target.texts}
+
+    @property
+    def brief(self) -> str:
+        """The text form, of more than `MOST` targets the first `NAMED` and how many more there are: for tables, not to be read back."""
+        if len(self.erase) <= MOST:
+            return str(self)
+        return f"{'; '.join(str(swap) for swap in self.erase[:NAMED])} and {len(self.erase) - NAMED} more"
 
     def __str__(self) -> str:
         text = "; ".join(str(swap) for swap in self.erase)

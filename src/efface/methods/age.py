@@ -33,47 +33,32 @@ meant for the bundled model, and have not been run on Stable Diffusion."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar, Literal, final
 
 import torch
-from torch import Tensor, nn
 
 from efface.core.edit import WeightEdit
-from efface.core.fitting import Stateful, fitting
-from efface.core.method import Expectation, Method, Needs, Paper, Resources
+from efface.core.fitting import fitting
+from efface.core.method import Needs, Paper, Resources
 from efface.core.model import Model
 from efface.core.task import Task
-from efface.core.trajectories import forwards, predictions, visited, way
-from efface.core.words import Table, candidates, vocabulary
+from efface.core.trajectories import predictions
+from efface.core.wordgame import Move, WordGame, WordMethod
 from efface.ops.descend import descend
-from efface.ops.guidance import erase_goal
-from efface.ops.gumbel import Adversary
-from efface.ops.latents import Latents, Pools
-from efface.ops.mixture import sparse
-from efface.ops.overlay import Overlay, training_bytes
-from efface.ops.trace import WordTrace
 
 RUN = {"steps": 1000, "batch": 1, "latents": "authors", "latent_steps": 50}
 CODE = {**RUN, "target_grad": "l2_only", "exclude_targets": False, "loss_space": "x0", "word_lr": 1e-2}
 """What the authors' scripts share."""
-CHOICES = {
-    "target_grad": ("full", "l2_only"),
-    "choice": ("learned", "random", "fixed"),
-    "hold": ("target", "empty"),
-    "loss_space": ("x0", "eps"),
-    "latents": ("replay", "authors", "aligned"),
-}
+CHOICES = {"target_grad": ("full", "l2_only"), "choice": ("learned", "random", "fixed"), "hold": ("target", "empty")}
 LISTED = 5
 """Words of the final distribution that are kept for each concept."""
 
 
 @final
 @dataclass(frozen=True)
-class AGE(Method):
+class AGE(WordMethod):
     """Adaptive guided erasure."""
 
     needs: ClassVar[Needs] = Needs(groups=("xattn",), gradients=True, keep="candidates")
@@ -147,12 +132,8 @@ class AGE(Method):
     """For "replay": after how many steps of either kind the trajectories are renewed."""
 
     def __post_init__(self) -> None:
-        least = {"steps": 1, "batch": 1, "ascent": 0, "topk": 1, "nearest": 1, "centers": 0, "latent_steps": 2}
-        least |= {"trajectories": 1, "refresh": 1}
-        rates, weights = ("lr", "word_lr", "temperature"), ("eta", "keep_weight", "latent_guidance")
-        self.check_fields(at_least=least, above_zero=rates, from_zero=weights, one_of=CHOICES)
-        most = self.trajectories * self.latent_steps
-        self.check_field("batch", self.latents != "replay" or self.batch <= most, f"at most trajectories × latent_steps = {most}")
+        self.check_game()
+        self.check_fields(at_least={"topk": 1}, one_of=CHOICES)
         self.check_field("hold", self.hold == "target" or self.choice != "learned", "'target' where the word is learned")
 
     def period(self, task: Task) -> int:
@@ -167,17 +148,9 @@ class AGE(Method):
 
     def fit(self, model: Model, task: Task, *, seed: int = 0, resources: Resources = Resources()) -> WeightEdit:
         with fitting(self, model, task, seed, resources, lr=self.lr) as fit:
-            game, period = Game(self, model, task, resources, fit.generator), self.period(task)
-            descent = torch.optim.Adam(game.student.parameters, lr=fit.rate)
-            climb = torch.optim.Adam(game.adversary.logits, lr=self.word_lr)
-            for step in fit.steps(self.steps * period, {**game.state, "descent": descent, "climb": climb}):
-                if self.latents == "replay" and step % self.refresh == 0:
-                    game.pools[:] = game.walked(*self.sorts)
-                figures, words = game.target_step(climb) if step % period else game.model_step(descent)
-                fit.log(figures)
-                game.trace.add(words, game.adversary)
-            info = {"words": game.table.words, "candidates": game.candidates, "targets": game.targeted()}
-            return fit.edit(game.student.deltas(), trace=game.trace.tensors(game.table.indices), info=info)
+            game = Game(self, model, task, resources, fit.generator)
+            game.play(fit)
+            return game.edit(fit, {"targets": game.targeted()})
 
     def candidates(self, model: Model, task: Task, resources: Resources = Resources()) -> dict[str, list[str]]:
         """R_e for each target text: its anchor alone where it has one (or with `choice="fixed"`), else its nearest words, thinned by
@@ -186,51 +159,28 @@ class AGE(Method):
         if len(fixed) == len(task.texts):
             return fixed
         free = Task(tuple(swap for swap in task.erase if not swap.anchor.name), task.keep)
-        words = vocabulary(model, task, resources, exclude_targets=self.exclude_targets, letters_only=self.letters_only)
-        found = candidates(model, free, words, count=self.nearest, centers=self.centers)
+        found = self.nearby(model, task, resources, part=free)
         return {text: fixed.get(text) or found[text] for text in task.texts}
 
     def cost(self, model: Model, task: Task) -> dict[str, float]:
         """Exact for "replay"; the expectation over the drawn times for the others."""
-        period, full = self.period(task), self.target_grad == "full"
-        ascents = self.steps * (period - 1)
-        walks = self.batch * (len(self.sorts) * self.steps + (2 if full else 1) * ascents)
-        if self.latents == "replay":
-            walks = len(self.sorts) * self.trajectories * math.ceil(self.steps * period / self.refresh)
-        beside = self.batch * (5 * self.steps + (4 if full else 2) * ascents)
-        spent = Expectation(*forwards(self.latents, self.latent_steps, walks, self.latent_guidance, fixed=beside))
-        backwards = self.batch * (2 * self.steps + (3 if full else 1) * ascents)
-        return {"steps": self.steps + ascents, "forwards": spent, "backwards": backwards}
+        ascent = (2, 4, 3) if self.target_grad == "full" else (1, 2, 1)
+        return self.game_cost(self.period(task), sorts=len(self.sorts), ascent=ascent)
 
     def memory(self, model: Model, task: Task) -> int:
         """The student with Adam, and the latents that are kept, each with the noise of its word; bytes."""
-        rows = len(self.sorts) * (self.trajectories * self.latent_steps if self.latents == "replay" else self.batch)
         words = min(self.nearest, self.centers or self.nearest) * len(task.texts)
-        return training_bytes(model.select(self.group)) + 4 * rows * (math.prod(model.latent_shape) + words)
+        return self.game_bytes(model, sorts=len(self.sorts), words=words)
 
 
-class Game:
-    """The student, the words' logits, and what they play with: prompts and latents."""
+class Game(WordGame):
+    """The student and the search for the word that it maps each concept to."""
+
+    method: AGE
 
     def __init__(self, method: AGE, model: Model, task: Task, resources: Resources, generator: torch.Generator) -> None:
-        self.method, self.model, self.generator = method, model, generator
-        self.distance = partial(model.schedule.distance, method.loss_space)
-        with torch.no_grad():
-            self.null, self.targets = model.encode([""]), model.encode(list(task.texts))
-        self.candidates = method.candidates(model, task, resources)
-        self.table = Table.of(model, self.candidates)
-        self.embed, indices = self.table.cond.mix, list(self.table.indices.values())
-        start = Adversary.uniform(indices, len(self.table.words), temperature=method.temperature, hard=method.hard)
-        self.adversary = start.to(self.table.cond.tokens.device)
-        self.student, self.pools = Overlay(model.select(method.group)), Pools()
-        self.trace = WordTrace(method.steps * method.period(task))
-        logits = nn.ParameterList(self.adversary.logits)
-        self.state: dict[str, Stateful] = {"student": self.student, "logits": logits, "pools": self.pools, "trace": self.trace}
-
-    def draw(self, target: Tensor, noise: Tensor) -> Tensor:
-        """G(π) (b n) for each row's concept and noise: one word, or a mixture of `topk`; differentiable in the logits."""
-        drawn = self.adversary.draw(target, noise)
-        return drawn if self.method.hard else sparse(drawn, self.method.topk)
+        found, period, sorts, topk = method.candidates(model, task, resources), method.period(task), method.sorts, method.topk
+        super().__init__(method, model, task, generator, found=found, sorts=sorts, period=period, topk=topk, together=True)
 
     def targeted(self) -> dict[str, list[tuple[str, float]]]:
         """For each concept the likeliest words and their chances, softmax π, the first first."""
@@ -241,45 +191,17 @@ class Game:
             found[text] = [(self.table.words[i], p) for i, p in zip(best.indices.tolist(), best.values.tolist(), strict=True)]
         return found
 
-    # -- latents ---------------------------------------------------------------------------------------------------------
-    @torch.no_grad()
-    def walked(self, *sorts: str) -> list[Latents]:
-        """New z ("target") and z_t ("word"): the student's guided trajectories from the same noise, a row of each for one draw."""
-        method, generator = self.method, self.generator
-        rows = method.trajectories if method.latents == "replay" else method.batch
-        along = way(self.model, method.latents, method.latent_steps, rows, generator)
-        target = torch.randint(len(self.targets), (rows,), generator=generator)
-        noise = self.adversary.noise(rows, generator)
-        prompts = [self.targets[target] if sort == "target" else self.embed(self.draw(target, noise)) for sort in sorts]
-        with self.student:
-            parts = visited(self.model, along, prompts, generator, null=self.null, guidance=method.latent_guidance)
-        return [along.latents(part, target, noise) for part in parts]
-
-    def latents(self, *sorts: str) -> list[Latents]:
-        """Rows for one step; row i of each sort has the same concept and the same word."""
-        if self.method.latents != "replay":
-            return self.walked(*sorts)
-        index = torch.randperm(len(self.pools[0]), generator=self.generator)[: self.method.batch]
-        return [self.pools[self.method.sorts.index(sort)].rows(index) for sort in sorts]
-
     # -- moves -----------------------------------------------------------------------------------------------------------
-    def model_step(self, optimiser: torch.optim.Optimizer) -> tuple[dict[str, float], Tensor]:
+    def model_step(self, optimiser: torch.optim.Optimizer) -> Move:
         """One step on the student, down both terms."""
-        rows, *others = self.latents(*self.method.sorts)
-        kept, target = others[0] if others else rows, self.targets[rows.target]
+        rows, *others = self.latents(*self.sorts)
         with torch.no_grad():
             draw = self.draw(rows.target, rows.noise)
             word = self.embed(draw)
-            held = word if others else self.null.expand(len(rows))
-            toward, away, before = predictions(self.model, [rows, rows, kept], [word, target, held])
-        with self.student:
-            erased, after = predictions(self.model, [rows, kept], [target, held])
-            erase = self.distance(rows.level, erased, erase_goal(toward, away, self.method.eta))
-            keep = self.distance(kept.level, after, before)
-            descend(erase + self.method.keep_weight * keep, optimiser)
-        return {"erase": erase.item(), "keep": keep.item()}, draw
+        kept, held = (others[0], word) if others else (rows, self.null.expand(len(rows)))
+        return self.descended(optimiser, rows, word, kept, held), draw
 
-    def target_step(self, optimiser: torch.optim.Optimizer) -> tuple[dict[str, float], Tensor]:
+    def word_step(self, optimiser: torch.optim.Optimizer) -> Move:
         """One step on the logits, up the terms that `target_grad` names; without η, as in the code.
 
         Slopes are taken at the draw and network by network, each while its own weights are in place, and then carried on to the logits."""

@@ -24,7 +24,6 @@ prompts near the concept's own are trained. The defaults are meant for the bundl
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -37,20 +36,20 @@ from torch import Tensor
 from efface.core import pictures
 from efface.core.edit import Edit, WeightEdit
 from efface.core.fitting import fitting
-from efface.core.method import Expectation, Method, Needs, Paper, Resources
+from efface.core.method import Needs, Paper, Resources
 from efface.core.model import Cond, Model
 from efface.core.task import Task
-from efface.core.trajectories import forwards, predictions, visited, way
+from efface.core.trajectories import TrajectoryMethod, predictions, visited
 from efface.core.words import vocabulary
 from efface.ops.descend import descend
 from efface.ops.guidance import erase_goal
-from efface.ops.latents import KINDS, Kind, Latents, Pools
+from efface.ops.latents import Kind, Latents, Pools
 from efface.ops.overlay import Overlay, training_bytes
 
 
 @final
 @dataclass(frozen=True)
-class AllButOne(Method):
+class AllButOne(TrajectoryMethod):
     """Surgical concept erasing (reconstruction)."""
 
     needs: ClassVar[Needs] = Needs(groups=("xattn",), gradients=True)
@@ -105,13 +104,10 @@ class AllButOne(Method):
     """For "replay": after how many steps the trajectories are renewed."""
 
     def __post_init__(self) -> None:
-        least = {"steps": 1, "batch": 1, "latent_steps": 2, "trajectories": 1, "refresh": 1}
-        weights = ("eta", "null_weight", "pull", "latent_guidance")
-        choices = {"sampler": ("frozen", "student"), "latents": KINDS}
-        self.check_fields(at_least=least, above_zero=("lr", "guided_scale"), from_zero=weights, one_of=choices)
+        rates, weights, choices = ("lr", "guided_scale"), ("eta", "null_weight", "pull"), {"sampler": ("frozen", "student")}
+        self.check_fields(at_least={"steps": 1}, above_zero=rates, from_zero=weights, one_of=choices)
         self.check_field("neutral", 0 <= self.neutral <= 1, "a share from 0 to 1")
-        most = self.trajectories * self.latent_steps
-        self.check_field("batch", self.latents != "replay" or self.batch <= most, f"at most trajectories × latent_steps = {most}")
+        self.check_trajectories()
 
     def fit(self, model: Model, task: Task, *, seed: int = 0, resources: Resources = Resources()) -> WeightEdit:
         with fitting(self, model, task, seed, resources, lr=self.lr) as fit:
@@ -119,9 +115,9 @@ class AllButOne(Method):
             original = {name: slot.tensor.detach() for name, slot in student.slots.items()}
             optimiser = torch.optim.AdamW(student.parameters, lr=fit.rate, weight_decay=0.0)
             for step in fit.steps(self.steps, {"student": student, "optimiser": optimiser, "pools": pools}):
-                if self.latents != "replay" or step % self.refresh == 0:
+                if self.renews(step):
                     with student if self.sampler == "student" else nullcontext():
-                        pools[:] = [self.walked(model, prompts, fit.generator)]
+                        pools[:] = [self.mixed(model, prompts, fit.generator)]
                 rows = pools[0].pick(self.batch, fit.generator)
                 base, goal = self.goal(model, rows, prompts)
                 with student:
@@ -140,10 +136,9 @@ class AllButOne(Method):
         return Prompts(target, anchor, null, words, any(anchors))
 
     @torch.no_grad()
-    def walked(self, model: Model, prompts: Prompts, generator: torch.Generator) -> Latents:
+    def mixed(self, model: Model, prompts: Prompts, generator: torch.Generator) -> Latents:
         """z: guided trajectories for concepts drawn at random, a share `neutral` of them for a random word instead."""
-        rows = self.trajectories if self.latents == "replay" else self.batch
-        along = way(model, self.latents, self.latent_steps, rows, generator)
+        rows, along = self.abreast, self.way(model, generator)
         target = torch.randint(len(prompts.target), (rows,), generator=generator)
         told = prompts.target[target]
         if self.neutral:
@@ -172,15 +167,12 @@ class AllButOne(Method):
     def cost(self, model: Model, task: Task) -> dict[str, float]:
         """Exact for "replay"; the expectation over the drawn times for the others."""
         samples = self.batch * self.steps
-        walks = self.trajectories * math.ceil(self.steps / self.refresh) if self.latents == "replay" else samples
-        beside = samples * (3 + any(task.texts.values()) + (self.eta > 0))
-        spent = Expectation(*forwards(self.latents, self.latent_steps, walks, self.latent_guidance, fixed=beside))
+        spent = self.forwards(self.walks(self.steps), beside=samples * (3 + any(task.texts.values()) + (self.eta > 0)))
         return {"steps": self.steps, "forwards": spent, "backwards": 2 * samples}
 
     def memory(self, model: Model, task: Task) -> int:
         """The student with AdamW, and the latents that are kept; bytes."""
-        rows = self.trajectories * self.latent_steps if self.latents == "replay" else self.batch
-        return training_bytes(model.select(self.group)) + 4 * rows * math.prod(model.latent_shape)
+        return training_bytes(model.select(self.group)) + self.latent_bytes(model)
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,28 +27,20 @@ are meant for the bundled model, and have not been run on Stable Diffusion."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from typing import Any, ClassVar, Literal, final
 
 import torch
-from torch import Tensor, nn
 
 from efface.core.edit import WeightEdit
-from efface.core.fitting import Stateful, fitting
-from efface.core.method import Expectation, Method, Needs, Paper, Resources
+from efface.core.fitting import fitting
+from efface.core.method import Needs, Paper, Resources
 from efface.core.model import Model
 from efface.core.task import Task
-from efface.core.trajectories import forwards, predictions, visited, way
-from efface.core.words import Table, candidates, vocabulary
+from efface.core.trajectories import predictions
+from efface.core.wordgame import Move, WordGame, WordMethod
 from efface.ops.descend import descend
-from efface.ops.guidance import erase_goal
-from efface.ops.gumbel import Adversary
-from efface.ops.latents import Latents, Pools
-from efface.ops.overlay import Overlay, training_bytes
-from efface.ops.trace import WordTrace
 
 WORDS = {"exclude_targets": False, "letters_only": True}
 AUTHORS = {"steps": 1000, "batch": 1, "keep_share": 0.0, "loss_space": "x0", "latents": "authors", "latent_steps": 50, **WORDS}
@@ -57,7 +49,7 @@ AUTHORS = {"steps": 1000, "batch": 1, "keep_share": 0.0, "loss_space": "x0", "la
 
 @final
 @dataclass(frozen=True)
-class AP(Method):
+class AP(WordMethod):
     """Adversarial preservation."""
 
     needs: ClassVar[Needs] = Needs(groups=("xattn",), gradients=True, keep="candidates")
@@ -124,13 +116,8 @@ class AP(Method):
     """For "replay": after how many steps of either kind the trajectories are renewed."""
 
     def __post_init__(self) -> None:
-        least = {"steps": 1, "batch": 1, "ascent": 0, "nearest": 1, "centers": 0, "latent_steps": 2, "trajectories": 1, "refresh": 1}
-        choices = {"loss_space": ("x0", "eps"), "latents": ("replay", "authors", "aligned")}
-        rates, weights = ("lr", "word_lr", "temperature"), ("eta", "keep_weight", "latent_guidance")
-        self.check_fields(at_least=least, above_zero=rates, from_zero=weights, one_of=choices)
+        self.check_game()
         self.check_field("keep_share", 0 <= self.keep_share < 1, "a number from 0, below 1")
-        most = self.trajectories * self.latent_steps
-        self.check_field("batch", self.latents != "replay" or self.batch <= most, f"at most trajectories × latent_steps = {most}")
 
     @property
     def period(self) -> int:
@@ -140,96 +127,41 @@ class AP(Method):
     def fit(self, model: Model, task: Task, *, seed: int = 0, resources: Resources = Resources()) -> WeightEdit:
         with fitting(self, model, task, seed, resources, lr=self.lr) as fit:
             game = Game(self, model, task, resources, fit.generator)
-            descent = torch.optim.Adam(game.student.parameters, lr=fit.rate)
-            climb = torch.optim.Adam(game.adversary.logits, lr=self.word_lr)
-            for step in fit.steps(self.steps * self.period, {**game.state, "descent": descent, "climb": climb}):
-                if self.latents == "replay" and step % self.refresh == 0:
-                    game.pools[:] = game.walked(erasing=True)
-                figures, words = game.word_step(climb) if step % self.period else game.model_step(descent)
-                fit.log(figures)
-                game.trace.add(words, game.adversary)
-            info = {"words": game.table.words, "candidates": game.candidates}
-            return fit.edit(game.student.deltas(), trace=game.trace.tensors(game.table.indices), info=info)
-
-    def candidates(self, model: Model, task: Task, resources: Resources = Resources()) -> dict[str, list[str]]:
-        """R_e for each target text: its nearest words, thinned by k-means, then what `keep` adds. Raises InvalidTask where none is left."""
-        words = vocabulary(model, task, resources, exclude_targets=self.exclude_targets, letters_only=self.letters_only)
-        return candidates(model, task, words, count=self.nearest, centers=self.centers)
+            game.play(fit)
+            return game.edit(fit)
 
     def cost(self, model: Model, task: Task) -> dict[str, float]:
         """Exact for "replay"; the expectation over the drawn times for the others."""
-        ascents = self.steps * (self.period - 1)
-        walks = self.batch * (2 * self.steps + ascents)
-        if self.latents == "replay":
-            walks = 2 * self.trajectories * math.ceil(self.steps * self.period / self.refresh)
-        beside = self.batch * (5 * self.steps + 2 * ascents)
-        spent = Expectation(*forwards(self.latents, self.latent_steps, walks, self.latent_guidance, fixed=beside))
-        return {"steps": self.steps + ascents, "forwards": spent, "backwards": self.batch * (2 * self.steps + ascents)}
+        return self.game_cost(self.period, sorts=2, ascent=(1, 2, 1))
 
     def memory(self, model: Model, task: Task) -> int:
         """The student with Adam, and the latents that are kept, each with the noise of its word; bytes."""
-        rows = 2 * (self.trajectories * self.latent_steps if self.latents == "replay" else self.batch)
-        words = (self.centers or self.nearest) * len(task.texts)
-        return training_bytes(model.select(self.group)) + 4 * rows * (math.prod(model.latent_shape) + words)
+        return self.game_bytes(model, sorts=2, words=(self.centers or self.nearest) * len(task.texts))
 
 
-class Game:
-    """The two players and what they play with: the student, the words' logits, prompts, latents."""
+class Game(WordGame):
+    """The student against the words that its erasure hurts most."""
 
     def __init__(self, method: AP, model: Model, task: Task, resources: Resources, generator: torch.Generator) -> None:
-        self.method, self.model, self.generator = method, model, generator
-        self.distance = partial(model.schedule.distance, method.loss_space)
+        found = method.nearby(model, task, resources)
+        super().__init__(method, model, task, generator, found=found, sorts=("word", "target"), period=method.period)
         with torch.no_grad():
-            self.null, self.targets, self.anchors = (model.encode(texts) for texts in ([""], list(task.texts), list(task.texts.values())))
-        self.candidates = method.candidates(model, task, resources)
-        self.table = Table.of(model, self.candidates)
-        self.embed, indices, words = self.table.cond.mix, list(self.table.indices.values()), len(self.table.words)
-        start = Adversary.uniform(indices, words, temperature=method.temperature, hard=method.hard)
+            self.anchors = model.encode(list(task.texts.values()))
         kept = [text for concept in task.keep for text in concept.texts]
-        start.favour([self.table.words.index(text) for text in kept if text in self.table.words], method.keep_share)
-        self.adversary = start.to(self.table.cond.tokens.device)
-        self.student, self.pools, self.trace = Overlay(model.select(method.group)), Pools(), WordTrace(method.steps * method.period)
-        logits = nn.ParameterList(self.adversary.logits)
-        self.state: dict[str, Stateful] = {"student": self.student, "logits": logits, "pools": self.pools, "trace": self.trace}
+        self.adversary.favour([self.table.words.index(text) for text in kept if text in self.table.words], method.keep_share)
 
-    @torch.no_grad()
-    def walked(self, erasing: bool) -> list[Latents]:
-        """New z_a and, when `erasing`, z: guided trajectories of the student for words and targets, from the same noise."""
-        method, generator = self.method, self.generator
-        rows = method.trajectories if method.latents == "replay" else method.batch
-        along = way(self.model, method.latents, method.latent_steps, rows, generator)
-        target = torch.randint(len(self.targets), (rows,), generator=generator)
-        noise = self.adversary.noise(rows, generator)
-        prompts = [self.embed(self.adversary.draw(target, noise)), *([self.targets[target]] if erasing else [])]
-        with self.student:
-            parts = visited(self.model, along, prompts, generator, null=self.null, guidance=method.latent_guidance)
-        return [along.latents(part, target, noise) for part in parts]
-
-    def latents(self, erasing: bool) -> list[Latents]:
-        """Rows for one step: z_a and, when `erasing`, z."""
-        if self.method.latents != "replay":
-            return self.walked(erasing)
-        return [pool.pick(self.method.batch, self.generator) for pool in self.pools[: 1 + erasing]]
-
-    def model_step(self, optimiser: torch.optim.Optimizer) -> tuple[dict[str, float], Tensor]:
+    def model_step(self, optimiser: torch.optim.Optimizer) -> Move:
         """Erase and preserve, one step on the student."""
-        kept, rows = self.latents(erasing=True)
-        target = self.targets[rows.target]
+        kept, rows = self.latents("word", "target")
         with torch.no_grad():
-            draw = self.adversary.draw(kept.target, kept.noise)
+            draw = self.draw(kept.target, kept.noise)
             word = self.embed(draw)
-            neutral, toward, before = predictions(self.model, [rows, rows, kept], [self.anchors[rows.target], target, word])
-        with self.student:
-            erased, after = predictions(self.model, [rows, kept], [target, word])
-            erase = self.distance(rows.level, erased, erase_goal(neutral, toward, self.method.eta))
-            keep = self.distance(kept.level, after, before)
-            descend(erase + self.method.keep_weight * keep, optimiser)
-        return {"erase": erase.item(), "keep": keep.item()}, draw
+        return self.descended(optimiser, rows, self.anchors[rows.target], kept, word), draw
 
-    def word_step(self, optimiser: torch.optim.Optimizer) -> tuple[dict[str, float], Tensor]:
+    def word_step(self, optimiser: torch.optim.Optimizer) -> Move:
         """One step on the logits, up the preservation term; the frozen branch and the latents are constants."""
-        (kept,) = self.latents(erasing=False)
-        draw = self.adversary.draw(kept.target, kept.noise)
+        (kept,) = self.latents("word")
+        draw = self.draw(kept.target, kept.noise)
         word = self.embed(draw)
         with torch.no_grad():
             (before,) = predictions(self.model, [kept], [word])

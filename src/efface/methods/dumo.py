@@ -30,7 +30,6 @@ skips."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -44,10 +43,10 @@ from efface.core.edit import FeatureEdit, Part
 from efface.core.features import Eraser, PriorEraser, Residuals, weighted
 from efface.core.fitting import Fit, State, fitting
 from efface.core.gate import PromptGate
-from efface.core.method import Expectation, Method, Needs, Paper, Resources
+from efface.core.method import Needs, Paper, Resources
 from efface.core.model import Model
 from efface.core.task import Swap, Task
-from efface.core.trajectories import forwards, predictions, visited, way
+from efface.core.trajectories import TrajectoryMethod, predictions, visited
 from efface.ops.descend import descend
 from efface.ops.guidance import erase_goal
 from efface.ops.latents import Latents, Pools
@@ -57,7 +56,7 @@ PLACE = "unet"
 
 @final
 @dataclass(frozen=True)
-class DuMo(Method):
+class DuMo(TrajectoryMethod):
     """Dual encoder modulation."""
 
     needs: ClassVar[Needs] = Needs(groups=("xattn",), gradients=True, keep="preserved")
@@ -119,13 +118,9 @@ class DuMo(Method):
     """For "replay": after how many steps they are renewed."""
 
     def __post_init__(self) -> None:
-        least = {"steps": 1, "table_steps": 0, "joint_steps": 0, "batch": 1, "buckets": 1, "others": 1, "latent_steps": 2}
-        least |= {"trajectories": 1, "refresh": 1}
-        choices = {"gate": ("spm", "none"), "latents": ("replay", "aligned")}
-        weights = ("eta", "keep_weight", "latent_guidance")
-        self.check_fields(at_least=least, above_zero=("lr", "table_lr"), from_zero=weights, one_of=choices)
-        most = self.trajectories * self.latent_steps
-        self.check_field("batch", self.latents != "replay" or self.batch <= most, f"at most trajectories × latent_steps = {most}")
+        least, weights = {"steps": 1, "table_steps": 0, "joint_steps": 0, "buckets": 1, "others": 1}, ("eta", "keep_weight")
+        self.check_fields(at_least=least, above_zero=("lr", "table_lr"), from_zero=weights, one_of={"gate": ("spm", "none")})
+        self.check_trajectories(("replay", "aligned"))
 
     @property
     def stages(self) -> int:
@@ -146,23 +141,20 @@ class DuMo(Method):
         """Exact for "replay"; the expectation over the drawn times for "aligned"."""
         second, targets = self.table_steps + self.joint_steps, len(task.erase)
         walks = self.batch * (self.steps + 2 * second)
-        if self.latents == "replay":
-            renewed = [step >= self.steps for step in range(self.stages) if self.renews(step)]
-            walks = self.trajectories * sum(1 + later for later in renewed)
-        beside = self.batch * (3 * self.steps + 5 * second)
-        spent = Expectation(*forwards(self.latents, self.latent_steps, targets * walks, self.latent_guidance, fixed=targets * beside))
+        if self.replays:
+            walks = self.trajectories * sum(1 + (step >= self.steps) for step in range(self.stages) if self.begins(step))
+        spent = self.forwards(targets * walks, beside=targets * self.batch * (3 * self.steps + 5 * second))
         return {"steps": targets * self.stages, "forwards": spent, "backwards": targets * self.batch * (self.steps + 2 * second)}
 
-    def renews(self, step: int) -> bool:
-        """Whether trajectories are walked anew before a step: every `refresh`, and where stage 2 begins."""
-        return step % self.refresh == 0 or step == self.steps
+    def begins(self, step: int) -> bool:
+        """Whether trajectories are walked before a step of a target: as for all methods, and where stage 2 begins."""
+        return self.renews(step) or step == self.steps
 
     def memory(self, model: Model, task: Task) -> int:
         """Each target's EPR, its gradients and AdamW's moments (of both stages), and the pools; bytes."""
         behind = ("up_blocks.", "conv_norm_out.", "conv_out.")
         weights = sum(p.numel() for name, p in model.denoiser.named_parameters() if not name.startswith(behind))
-        rows = 2 * (self.trajectories * self.latent_steps if self.latents == "replay" else self.batch)
-        return 4 * len(task.erase) * ((6 if self.joint_steps else 4) * weights + rows * math.prod(model.latent_shape))
+        return len(task.erase) * (4 * (6 if self.joint_steps else 4) * weights + self.latent_bytes(model, sorts=2))
 
 
 class Duel:
@@ -205,7 +197,7 @@ class Duel:
         """One step of the stage that `number` lies in."""
         method = self.method
         second = number >= method.steps
-        if method.latents == "replay" and method.renews(number):
+        if method.begins(number):
             self.pools[:] = self.walked(second)
         losses = self.losses(second)
         stage = (number >= method.steps) + (number >= method.steps + method.table_steps)
@@ -214,9 +206,7 @@ class Duel:
 
     def losses(self, second: bool) -> dict[str, Tensor]:
         """L1, and in stage 2 the term of other concepts."""
-        batches = (
-            self.walked(second) if self.method.latents != "replay" else [p.pick(self.method.batch, self.fit.generator) for p in self.pools]
-        )
+        batches = [self.method.rows(pool, self.fit.generator) for pool in self.pools]
         conds = [self.targets, self.others]
         prompts = [cond[rows.target] for cond, rows in zip(conds, batches, strict=False)]
         with torch.no_grad():
@@ -232,11 +222,8 @@ class Duel:
     def walked(self, second: bool) -> list[Latents]:
         """New latents for the target and, in stage 2, for other concepts, from the same noise; the network has its eraser."""
         method, model, generator = self.method, self.model, self.fit.generator
-        along = way(
-            model, method.latents, method.latent_steps, method.trajectories if method.latents == "replay" else method.batch, generator
-        )
-        conds = [self.targets, self.others][: 1 + second]
-        picks = [torch.randint(len(cond), (along.times.shape[1],), generator=generator) for cond in conds]
+        conds, along = [self.targets, self.others][: 1 + second], method.way(model, generator)
+        picks = [torch.randint(len(cond), (method.abreast,), generator=generator) for cond in conds]
         prompts = [cond[pick] for cond, pick in zip(conds, picks, strict=True)]
         with self.erasing():
             parts = visited(model, along, prompts, generator, null=self.null, guidance=method.latent_guidance)

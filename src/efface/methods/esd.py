@@ -28,7 +28,6 @@ model, and have not been run on Stable Diffusion."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -39,13 +38,13 @@ from torch import Tensor
 
 from efface.core.edit import WeightEdit
 from efface.core.fitting import fitting
-from efface.core.method import Expectation, Method, Needs, Paper, Resources
+from efface.core.method import Needs, Paper, Resources
 from efface.core.model import Cond, Model
 from efface.core.task import Task
-from efface.core.trajectories import forwards, predictions, visited, way
+from efface.core.trajectories import TrajectoryMethod, predictions
 from efface.ops.descend import descend
 from efface.ops.guidance import erase_from_goal, erase_goal
-from efface.ops.latents import KINDS, Kind, Latents, Pools
+from efface.ops.latents import Kind, Latents, Pools
 from efface.ops.overlay import Overlay, training_bytes
 
 AUTHORS = {"steps": 1000, "batch": 1, "latents": "authors", "latent_steps": 50}
@@ -56,7 +55,7 @@ SCRIPTS = {"steps": 200, "batch": 1, "latents": "aligned", "latent_steps": 50}
 
 @final
 @dataclass(frozen=True)
-class ESD(Method):
+class ESD(TrajectoryMethod):
     """Erased stable diffusion."""
 
     needs: ClassVar[Needs] = Needs(groups=("xattn",), gradients=True)
@@ -107,20 +106,17 @@ class ESD(Method):
     """For "replay": after how many steps the trajectories are renewed."""
 
     def __post_init__(self) -> None:
-        least = {"steps": 1, "batch": 1, "latent_steps": 2, "trajectories": 1, "refresh": 1}
-        choices = {"sampler": ("student", "frozen"), "latents": KINDS}
-        self.check_fields(at_least=least, above_zero=("lr",), from_zero=("eta", "latent_guidance"), one_of=choices)
-        most = self.trajectories * self.latent_steps
-        self.check_field("batch", self.latents != "replay" or self.batch <= most, f"at most trajectories × latent_steps = {most}")
+        self.check_fields(at_least={"steps": 1}, above_zero=("lr",), from_zero=("eta",), one_of={"sampler": ("student", "frozen")})
+        self.check_trajectories()
 
     def fit(self, model: Model, task: Task, *, seed: int = 0, resources: Resources = Resources()) -> WeightEdit:
         with fitting(self, model, task, seed, resources, lr=self.lr) as fit:
             student, pools, prompts = Overlay(model.select(self.group)), Pools(), self.prompts(model, task)
             optimiser = torch.optim.Adam(student.parameters, lr=fit.rate)
             for step in fit.steps(self.steps, {"student": student, "optimiser": optimiser, "pools": pools}):
-                if self.latents != "replay" or step % self.refresh == 0:
+                if self.renews(step):
                     with student if self.sampler == "student" else nullcontext():
-                        pools[:] = [self.walked(model, prompts, fit.generator)]
+                        pools[:] = [self.walked(model, prompts.trained, fit.generator, null=prompts.null)]
                 rows = pools[0].pick(self.batch, fit.generator)
                 goal = self.goal(model, rows, prompts)
                 with student:
@@ -137,15 +133,6 @@ class ESD(Method):
         return Prompts(*(model.encode(texts) for texts in (targets, anchors, trained, [""])))
 
     @torch.no_grad()
-    def walked(self, model: Model, prompts: Prompts, generator: torch.Generator) -> Latents:
-        """z_t: guided trajectories for the prompts that are trained, each for a target drawn at random."""
-        rows = self.trajectories if self.latents == "replay" else self.batch
-        along = way(model, self.latents, self.latent_steps, rows, generator)
-        target = torch.randint(len(prompts.target), (rows,), generator=generator)
-        (found,) = visited(model, along, [prompts.trained[target]], generator, null=prompts.null, guidance=self.latent_guidance)
-        return along.latents(found, target)
-
-    @torch.no_grad()
     def goal(self, model: Model, rows: Latents, prompts: Prompts) -> Tensor:
         """What the student is to predict, (b c h w), from the frozen network."""
         named = [prompts.anchor, prompts.target, *([prompts.trained] if self.erase_from else [])]
@@ -154,15 +141,13 @@ class ESD(Method):
 
     def cost(self, model: Model, task: Task) -> dict[str, float]:
         """Exact for "replay"; the expectation over the drawn times for the others."""
-        walks = self.trajectories * math.ceil(self.steps / self.refresh) if self.latents == "replay" else self.batch * self.steps
-        beside = self.batch * self.steps * (4 if self.erase_from else 3)
-        spent = Expectation(*forwards(self.latents, self.latent_steps, walks, self.latent_guidance, fixed=beside))
-        return {"steps": self.steps, "forwards": spent, "backwards": self.batch * self.steps}
+        samples = self.batch * self.steps
+        spent = self.forwards(self.walks(self.steps), beside=samples * (4 if self.erase_from else 3))
+        return {"steps": self.steps, "forwards": spent, "backwards": samples}
 
     def memory(self, model: Model, task: Task) -> int:
         """The student with Adam, and the latents that are kept; bytes."""
-        rows = self.trajectories * self.latent_steps if self.latents == "replay" else self.batch
-        return training_bytes(model.select(self.group)) + 4 * rows * math.prod(model.latent_shape)
+        return training_bytes(model.select(self.group)) + self.latent_bytes(model)
 
 
 @dataclass(frozen=True, eq=False)

@@ -27,7 +27,6 @@ take their share of the attention.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -39,10 +38,10 @@ from torch import Tensor, nn
 from efface.core.edit import WeightEdit
 from efface.core.fitting import State, fitting
 from efface.core.key import MODES, Mode, make_key, places
-from efface.core.method import Expectation, Method, Needs, Paper, Resources
+from efface.core.method import Needs, Paper, Resources
 from efface.core.model import Model
 from efface.core.task import Task
-from efface.core.trajectories import forwards, predictions, visited, way
+from efface.core.trajectories import TrajectoryMethod, predictions
 from efface.ops.descend import descend
 from efface.ops.guidance import erase_goal
 from efface.ops.keyed import keyed
@@ -55,7 +54,7 @@ AUTHORS = {"steps": 1000, "batch": 1, "key_lr": 1e-5, "latents": "authors", "lat
 
 @final
 @dataclass(frozen=True)
-class KPOP(Method):
+class KPOP(TrajectoryMethod):
     """Knowledge hiding and recovery with prompts."""
 
     needs: ClassVar[Needs] = Needs(groups=("xattn", "text_kv"), gradients=True, keep="measured only")
@@ -116,13 +115,10 @@ class KPOP(Method):
     """For "replay": after how many steps of either kind the trajectories are renewed."""
 
     def __post_init__(self) -> None:
-        least = {"steps": 1, "batch": 1, "tokens": 1, "key_steps": 0, "latent_steps": 2, "trajectories": 1, "refresh": 1}
+        least, weights = {"steps": 1, "tokens": 1, "key_steps": 0}, ("eta", "erase_weight", "key_weight")
         choices = {"with_key": ("recover", "remove"), "mode": MODES, "key_init": ("empty", "noise"), "loss_space": ("x0", "eps")}
-        choices["latents"] = ("replay", "authors", "aligned")
-        weights = ("eta", "erase_weight", "key_weight", "latent_guidance")
         self.check_fields(at_least=least, above_zero=("lr", "key_lr"), from_zero=weights, one_of=choices)
-        most = self.trajectories * self.latent_steps
-        self.check_field("batch", self.latents != "replay" or self.batch <= most, f"at most trajectories × latent_steps = {most}")
+        self.check_trajectories(("replay", "authors", "aligned"))
 
     @property
     def period(self) -> int:
@@ -135,7 +131,7 @@ class KPOP(Method):
             descent = torch.optim.Adam(play.student.parameters, lr=fit.rate)
             learning = torch.optim.Adam([*play.p_key, *play.p_value], lr=self.key_lr)
             for step in fit.steps(self.steps * self.period, {**play.state, "descent": descent, "learning": learning}):
-                if self.latents == "replay" and step % self.refresh == 0:
+                if self.renews(step):
                     play.pools[:] = [play.walked()]
                 fit.log(play.model_step(descent) if (step + 1) % self.period == 0 else play.key_step(learning))
             edit = fit.edit(play.student.deltas())
@@ -146,20 +142,15 @@ class KPOP(Method):
 
     def cost(self, model: Model, task: Task) -> dict[str, float]:
         """Exact for "replay"; the expectation over the drawn times for the others."""
-        learning = self.steps * self.key_steps
-        walks = self.batch * (self.steps + learning)
-        if self.latents == "replay":
-            walks = self.trajectories * math.ceil(self.steps * self.period / self.refresh)
-        terms = 2 if self.key_weight else 1
+        learning, terms = self.steps * self.key_steps, 2 if self.key_weight else 1
         beside = self.batch * ((2 + terms) * self.steps + 2 * learning)
-        spent = Expectation(*forwards(self.latents, self.latent_steps, walks, self.latent_guidance, fixed=beside))
+        spent = self.forwards(self.walks(self.steps + learning), beside=beside)
         return {"steps": self.steps + learning, "forwards": spent, "backwards": self.batch * (terms * self.steps + learning)}
 
     def memory(self, model: Model, task: Task) -> int:
         """The student and the tokens with Adam, and the pool; bytes."""
         numbers = 2 * self.tokens * model.encode([""]).tokens.shape[-1] * len(task.texts)
-        rows = self.trajectories * self.latent_steps if self.latents == "replay" else self.batch
-        return training_bytes(model.select(self.group)) + 4 * (4 * numbers + rows * math.prod(model.latent_shape))
+        return training_bytes(model.select(self.group)) + 16 * numbers + self.latent_bytes(model)
 
 
 class Play:
@@ -192,17 +183,12 @@ class Play:
     # -- latents ---------------------------------------------------------------------------------------------------------
     def walked(self) -> Latents:
         """New latents: the student's guided trajectories for the targets, without a key."""
-        method, model, generator = self.method, self.model, self.generator
-        rows = method.trajectories if method.latents == "replay" else method.batch
-        along = way(model, method.latents, method.latent_steps, rows, generator)
-        target = torch.randint(len(self.targets), (rows,), generator=generator)
         with self.student:
-            (found,) = visited(model, along, [self.targets[target]], generator, null=self.null, guidance=method.latent_guidance)
-        return along.latents(found, target)
+            return self.method.walked(self.model, self.targets, self.generator, null=self.null)
 
     def latents(self) -> Latents:
         """Rows for one step."""
-        return self.pools[0].pick(self.method.batch, self.generator) if self.method.latents == "replay" else self.walked()
+        return self.method.rows(self.pools[0], self.generator)
 
     # -- moves -----------------------------------------------------------------------------------------------------------
     def key_step(self, optimiser: torch.optim.Optimizer) -> dict[str, float]:

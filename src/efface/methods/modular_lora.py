@@ -26,7 +26,6 @@ experiment is `bench.protocols.reemergence`."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal, final
@@ -36,13 +35,13 @@ from torch import Tensor, nn
 
 from efface.core.edit import LowRankEdit, Part
 from efface.core.fitting import Fit, State, fitting
-from efface.core.method import Expectation, Method, Needs, Paper, Resources
+from efface.core.method import Needs, Paper, Resources
 from efface.core.model import Model, Parameters
 from efface.core.task import Task
-from efface.core.trajectories import forwards, predictions, visited, way
+from efface.core.trajectories import TrajectoryMethod, predictions
 from efface.ops.descend import descend
 from efface.ops.guidance import erase_goal
-from efface.ops.latents import KINDS, Kind, Latents, Pools
+from efface.ops.latents import Kind, Latents, Pools
 from efface.ops.lowrank import Adapter, can_adapt, fresh
 
 SECOND_HAND: dict[str, Any] = {"steps": 1500, "batch": 1, "latents": "aligned", "latent_steps": 50}
@@ -50,7 +49,7 @@ SECOND_HAND: dict[str, Any] = {"steps": 1500, "batch": 1, "latents": "aligned", 
 
 @final
 @dataclass(frozen=True)
-class ModularLoRA(Method):
+class ModularLoRA(TrajectoryMethod):
     """A safety LoRA that is trained apart from the user's."""
 
     needs: ClassVar[Needs] = Needs(groups=("xattn",), gradients=True)
@@ -97,18 +96,16 @@ class ModularLoRA(Method):
     """Largest norm of the gradient."""
 
     def __post_init__(self) -> None:
-        least = {"steps": 1, "batch": 1, "rank": 1, "latent_steps": 2, "trajectories": 1, "refresh": 1}
-        weights = ("eta", "latent_guidance", "weight_decay")
-        self.check_fields(at_least=least, above_zero=("lr", "clip"), from_zero=weights, one_of={"loss": ("esd", "sdd"), "latents": KINDS})
+        least, weights, choices = {"steps": 1, "rank": 1}, ("eta", "weight_decay"), {"loss": ("esd", "sdd")}
+        self.check_fields(at_least=least, above_zero=("lr", "clip"), from_zero=weights, one_of=choices)
         self.check_field("ema", 0 <= self.ema < 1, "a share of at least 0, below 1")
-        most = self.trajectories * self.latent_steps
-        self.check_field("batch", self.latents != "replay" or self.batch <= most, f"at most trajectories × latent_steps = {most}")
+        self.check_trajectories()
 
     def fit(self, model: Model, task: Task, *, seed: int = 0, resources: Resources = Resources()) -> LowRankEdit:
         with fitting(self, model, task, seed, resources, lr=self.lr) as fit:
             run = Training(self, fit)
             for step in fit.steps(self.steps, run.state):
-                if self.latents == "replay" and step % self.refresh == 0:
+                if self.renews(step):
                     run.pools[:] = [run.walked()]
                 fit.log({"erase": run.step()})
             factors = {f"{name}.weight": pair for name, pair in run.student.learned().items()}
@@ -121,10 +118,9 @@ class ModularLoRA(Method):
 
     def cost(self, model: Model, task: Task) -> dict[str, float]:
         """Exact for "replay"; the expectation over the drawn times for the others."""
-        walks = self.trajectories * math.ceil(self.steps / self.refresh) if self.latents == "replay" else self.steps * self.batch
-        beside = (3 if self.loss == "esd" else 2) * self.steps * self.batch
-        spent = Expectation(*forwards(self.latents, self.latent_steps, walks, self.latent_guidance, fixed=beside))
-        return {"steps": self.steps, "forwards": spent, "backwards": self.steps * self.batch}
+        samples = self.batch * self.steps
+        spent = self.forwards(self.walks(self.steps), beside=samples * (3 if self.loss == "esd" else 2))
+        return {"steps": self.steps, "forwards": spent, "backwards": samples}
 
     def memory(self, model: Model, task: Task) -> int:
         """The factors of the student with AdamW, and those of the teacher."""
@@ -158,19 +154,13 @@ class Training:
 
     def walked(self) -> Latents:
         """Trajectories for random targets, of the student ("esd") or the teacher ("sdd")."""
-        method, model, generator = self.method, self.fit.model, self.fit.generator
-        rows = method.trajectories if method.latents == "replay" else method.batch
-        along = way(model, method.latents, method.latent_steps, rows, generator)
-        target = torch.randint(len(self.targets), (rows,), generator=generator)
-        with self.student if method.loss == "esd" else self.teacher:
-            (found,) = visited(model, along, [self.targets[target]], generator, null=self.null, guidance=method.latent_guidance)
-        return along.latents(found, target)
+        with self.student if self.method.loss == "esd" else self.teacher:
+            return self.method.walked(self.fit.model, self.targets, self.fit.generator, null=self.null)
 
     def step(self) -> float:
         """One step down the loss; the loss before it."""
-        method, generator = self.method, self.fit.generator
-        rows = self.pools[0].pick(method.batch, generator) if method.latents == "replay" else self.walked()
-        value = self.loss(rows)
+        method = self.method
+        value = self.loss(method.rows(self.pools[0], self.fit.generator))
         with self.student:
             descend(value, self.optimiser, clip=method.clip)
         if method.loss == "sdd":

@@ -25,7 +25,6 @@ length are cut off the joined prompt. The defaults are meant for the bundled mod
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, final
@@ -35,22 +34,22 @@ from torch import Tensor
 
 from efface.core.edit import WeightEdit
 from efface.core.fitting import State, fitting
-from efface.core.method import Expectation, Method, Needs, Paper, Resources
+from efface.core.method import Needs, Paper, Resources
 from efface.core.model import Cond, Model
 from efface.core.task import Task
-from efface.core.trajectories import forwards, visited, way
+from efface.core.trajectories import TrajectoryMethod
 from efface.ops.descend import descend
 from efface.ops.ema import follow
-from efface.ops.latents import KINDS, Kind, Latents, Pools
+from efface.ops.latents import Kind, Latents, Pools
 from efface.ops.overlay import Overlay, training_bytes
 
 Which = Literal["joined", "each"]
-CHOICES = {"latent_prompt": ("joined", "each"), "loss_prompt": ("joined", "each"), "order": ("iterative", "random"), "latents": KINDS}
+CHOICES = {"latent_prompt": ("joined", "each"), "loss_prompt": ("joined", "each"), "order": ("iterative", "random")}
 
 
 @final
 @dataclass(frozen=True)
-class SDD(Method):
+class SDD(TrajectoryMethod):
     """Safe self-distillation diffusion."""
 
     needs: ClassVar[Needs] = Needs(groups=("xattn",), gradients=True)
@@ -103,11 +102,9 @@ class SDD(Method):
     """For "replay": after how many steps the trajectories are renewed."""
 
     def __post_init__(self) -> None:
-        least = {"steps": 1, "batch": 1, "latent_steps": 2, "trajectories": 1, "refresh": 1}
-        self.check_fields(at_least=least, above_zero=("lr", "clip"), from_zero=("weight_decay", "latent_guidance"), one_of=CHOICES)
+        self.check_fields(at_least={"steps": 1}, above_zero=("lr", "clip"), from_zero=("weight_decay",), one_of=CHOICES)
         self.check_field("decay", 0 <= self.decay < 1, "a number of at least 0, below 1")
-        most = self.trajectories * self.latent_steps
-        self.check_field("batch", self.latents != "replay" or self.batch <= most, f"at most trajectories × latent_steps = {most}")
+        self.check_trajectories()
 
     def fit(self, model: Model, task: Task, *, seed: int = 0, resources: Resources = Resources()) -> WeightEdit:
         with fitting(self, model, task, seed, resources, lr=self.lr) as fit:
@@ -116,9 +113,10 @@ class SDD(Method):
             optimiser = torch.optim.AdamW(student.parameters, lr=fit.rate, weight_decay=self.weight_decay)
             state: State = {"student": student, "teacher": teacher, "optimiser": optimiser, "pools": pools}
             for step in fit.steps(self.steps, state):
-                if self.latents != "replay" or step % self.refresh == 0:
+                if self.renews(step):
+                    turn = self.turn(step, len(task.texts))
                     with teacher:
-                        pools[:] = [self.walked(model, prompts, step, fit.generator)]
+                        pools[:] = [self.walked(model, prompts.latent, fit.generator, null=prompts.null, target=turn)]
                 rows = pools[0].pick(self.batch, fit.generator)
                 with student:
                     loss = self.loss(model, rows, prompts)
@@ -134,17 +132,10 @@ class SDD(Method):
         latent, loss = ([", ".join(texts)] * len(texts) if which == "joined" else texts for which in (self.latent_prompt, self.loss_prompt))
         return Prompts(*(model.encode(part) for part in (latent, loss, anchors, [""])))
 
-    @torch.no_grad()
-    def walked(self, model: Model, prompts: Prompts, step: int, generator: torch.Generator) -> Latents:
-        """z_t: guided trajectories for c_p of the network as it stands; rows take the concepts in turn, on from those of earlier walks."""
-        replay = self.latents == "replay"
-        rows, number = (self.trajectories, step // self.refresh) if replay else (self.batch, step)
-        along = way(model, self.latents, self.latent_steps, rows, generator)
-        count = len(prompts.loss)
-        in_turn = (number * rows + torch.arange(rows)) % count
-        target = in_turn if self.order == "iterative" else torch.randint(count, (rows,), generator=generator)
-        (found,) = visited(model, along, [prompts.latent[target]], generator, null=prompts.null, guidance=self.latent_guidance)
-        return along.latents(found, target)
+    def turn(self, step: int, count: int) -> Tensor | None:
+        """Which of `count` concepts the trajectories before a step are for, on from those of earlier walks; None for random ones."""
+        earlier = self.abreast * (step // self.refresh if self.replays else step)
+        return (earlier + torch.arange(self.abreast)) % count if self.order == "iterative" else None
 
     def loss(self, model: Model, rows: Latents, prompts: Prompts) -> Tensor:
         """mean ‖ε_θ(z_t, c_s) − sg[ε_θ(z_t, ∅)]‖² of the network as it stands."""
@@ -155,14 +146,11 @@ class SDD(Method):
     def cost(self, model: Model, task: Task) -> dict[str, float]:
         """Exact for "replay"; the expectation over the drawn times for the others."""
         samples = self.batch * self.steps
-        walks = self.trajectories * math.ceil(self.steps / self.refresh) if self.latents == "replay" else samples
-        spent = Expectation(*forwards(self.latents, self.latent_steps, walks, self.latent_guidance, fixed=2 * samples))
-        return {"steps": self.steps, "forwards": spent, "backwards": samples}
+        return {"steps": self.steps, "forwards": self.forwards(self.walks(self.steps), beside=2 * samples), "backwards": samples}
 
     def memory(self, model: Model, task: Task) -> int:
         """The student with AdamW, the teacher, and the latents that are kept; bytes."""
-        rows = self.trajectories * self.latent_steps if self.latents == "replay" else self.batch
-        return training_bytes(model.select(self.group), moments=3) + 4 * rows * math.prod(model.latent_shape)
+        return training_bytes(model.select(self.group), moments=3) + self.latent_bytes(model)
 
 
 @dataclass(frozen=True, eq=False)

@@ -38,10 +38,11 @@ from torch import Tensor, nn
 from efface.core.edit import LowRankEdit, Part
 from efface.core.fitting import State, fitting
 from efface.core.gate import PromptGate
-from efface.core.method import Expectation, Method, Needs, Paper, Resources
+from efface.core.method import Expectation, Needs, Paper, Resources
 from efface.core.model import Cond, Model
 from efface.core.sampling import seeded
 from efface.core.task import Swap, Task
+from efface.core.trajectories import TrajectoryMethod
 from efface.ops.descend import descend
 from efface.ops.gate import MERGES, TRANSPORTS, Merge, Transport
 from efface.ops.guidance import erase_goal
@@ -82,7 +83,7 @@ def authors_route(train_steps: int, steps: int, rows: int, generator: torch.Gene
 
 @final
 @dataclass(frozen=True)
-class SPM(Method):
+class SPM(TrajectoryMethod):
     """Concept semi-permeable membrane."""
 
     needs: ClassVar[Needs] = Needs(groups=("xattn",), gradients=True, keep="measured only")
@@ -131,12 +132,10 @@ class SPM(Method):
     """Whether latents have random sides of 4/8 to 7/8 of the model's own (256 to 448 pixels of 512)."""
 
     def __post_init__(self) -> None:
-        least = {"steps": 1, "cycles": 1, "batch": 1, "anchors": 0, "latent_steps": 2, "trajectories": 1, "refresh": 1}
-        choices = {"transport": TRANSPORTS, "merge": MERGES, "latents": ("replay", "authors")}
-        self.check_fields(at_least=least, above_zero=("lr",), from_zero=("warmup", "eta", "keep_weight", "latent_guidance"), one_of=choices)
+        least, choices = {"steps": 1, "cycles": 1, "anchors": 0}, {"transport": TRANSPORTS, "merge": MERGES}
+        self.check_fields(at_least=least, above_zero=("lr",), from_zero=("warmup", "eta", "keep_weight"), one_of=choices)
         self.check_field("warmup", self.warmup <= 1, "a share from 0 to 1")
-        most = self.trajectories * self.latent_steps
-        self.check_field("batch", self.latents != "replay" or self.batch <= most, f"at most trajectories × latent_steps = {most}")
+        self.check_trajectories(("replay", "authors"))
 
     def fit(self, model: Model, task: Task, *, seed: int = 0, resources: Resources = Resources()) -> LowRankEdit:
         with fitting(self, model, task, seed, resources, lr=self.lr) as fit:
@@ -153,9 +152,8 @@ class SPM(Method):
 
     def cost(self, model: Model, task: Task) -> dict[str, float]:
         """Exact for "replay"; the expectation over the drawn lengths for "authors"."""
-        n, targets, replay = self.latent_steps, len(task.erase), self.latents == "replay"
-        walks = targets * (self.trajectories * math.ceil(self.steps / self.refresh) if replay else self.steps * self.batch)
-        rows, calls = targets * self.steps * self.batch, (n - 1, n - 1, n - 1) if replay else (n / 2, 1, n - 1)
+        n, targets, walks = self.latent_steps, len(task.erase), len(task.erase) * self.walks(self.steps)
+        rows, calls = targets * self.steps * self.batch, (n - 1, n - 1, n - 1) if self.replays else (n / 2, 1, n - 1)
         halves = 1 if self.latent_guidance == 1 else 2
         spent = Expectation(*(rows * (3 + 2 * self.anchors) + walks * halves * count for count in calls))
         return {"steps": targets * self.steps, "forwards": spent, "backwards": rows * (1 + self.anchors)}
@@ -163,8 +161,7 @@ class SPM(Method):
     def memory(self, model: Model, task: Task) -> int:
         """The membranes with gradients and AdamW's moments, and the latents kept; bytes."""
         numbers = sum(m.weight.numel() // len(m.weight) + len(m.weight) for m in maps(model).values())
-        rows = self.trajectories * self.latent_steps if self.latents == "replay" else self.batch
-        return 4 * len(task.erase) * (4 * numbers + rows * math.prod(model.latent_shape))
+        return len(task.erase) * (16 * numbers + self.latent_bytes(model))
 
 
 def maps(model: Model) -> dict[str, nn.Linear | nn.Conv2d]:
@@ -216,16 +213,14 @@ class Membrane:
 
     def latents(self, number: int) -> Latents:
         """The rows of one step."""
-        if self.method.latents == "authors":
-            return self.walked(self.method.batch)
-        if number % self.method.refresh == 0:
-            self.pools[:] = [self.walked(self.method.trajectories)]
-        return self.pools[0].pick(self.method.batch, self.generator)
+        if self.method.renews(number):
+            self.pools[:] = [self.walked()]
+        return self.method.rows(self.pools[0], self.generator)
 
-    def walked(self, rows: int) -> Latents:
+    def walked(self) -> Latents:
         """New latents: trajectories for the target, guided, with the membrane in place."""
-        method, schedule, generator = self.method, self.model.schedule, self.generator
-        make = authors_route if method.latents == "authors" else replay_route
+        method, schedule, generator, rows = self.method, self.model.schedule, self.generator, self.method.abreast
+        make = replay_route if method.replays else authors_route
         route = make(schedule.train_steps, method.latent_steps, rows, generator)
         target = torch.randint(len(self.targets), (rows,), generator=generator)
         z = torch.randn(rows, *self.size(), generator=generator).to(self.model.device)

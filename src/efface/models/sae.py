@@ -136,6 +136,10 @@ class Training:
         changed = [f"{f.name}={getattr(self, f.name)!r}" for f in fields(self) if getattr(self, f.name) != f.default]
         return f"sae({', '.join(changed)})"
 
+    def trained(self, model: Model) -> tuple[str, ...]:
+        """Nothing of the model."""
+        return ()
+
     def require(self, model: Model, task: object) -> None:
         """Raises Unsupported where the model has no such block."""
         model.module(self.place(model))

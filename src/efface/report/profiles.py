@@ -57,7 +57,7 @@ class Profile:
     """The kinds of edit that a fit may return; none where the method does not say."""
     threat: str
     trains: str
-    """The parameter group."""
+    """The parameter groups (`Method.trained`)."""
     fields: Mapping[str, str]
     """Meaning by field."""
     defaults: Mapping[str, Any]
@@ -75,16 +75,20 @@ class Profile:
 
 
 def profile(name: str) -> Profile | None:
-    """The profile of a method's name or dotted path; None for a third party's that is not installed here."""
+    """The profile of a method's name or dotted path, with its defaults; None for a third party's that is not installed here."""
     try:
-        cls = catalog.find(name)
+        return described(catalog.method(name))
     except InvalidMethod:
         return None
+
+
+def described(method: Method) -> Profile:
+    """The profile of a method with the fields that it has."""
+    cls = type(method)
     title, idea, paragraphs = _taken_apart(cls)
     costs = tuple(text for text in paragraphs if COSTS.search(text))
     limits = next((text for text in paragraphs if text.startswith(LIMITS)), "")
-    kinds = _edits(cls)
-    built: dict[str, Any] = {field.name: field.default for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    kinds = edits(cls)
     return Profile(
         name=cls.name(),
         title=title,
@@ -92,14 +96,14 @@ def profile(name: str) -> Profile | None:
         workings=tuple(text for text in paragraphs if text not in costs and text != limits),
         cost=costs,
         limits=_sentence(limits.removeprefix(LIMITS)),
-        reconstruction=bool(RECONSTRUCTION.search(_card(cls))),
+        reconstruction=bool(RECONSTRUCTION.search(card(cls))),
         needs=cls.needs,
         paper=cls.paper,
         kinds=tuple(kind.kind for kind in kinds),
-        threat="; or ".join(kind.threat for kind in kinds) or "depends on the edit that it returns",
-        trains=built["group"] if isinstance(built.get("group"), str) else ", ".join(cls.needs.groups) or "nothing",
+        threat="; or ".join(kind.threat for kind in kinds) or "depends on the edit that it returns; see its card",
+        trains=", ".join(method.trained()) or "nothing",
         fields={name: " ".join(text.split()) for name, text in cls.field_docs().items()},
-        defaults=built,
+        defaults={field.name: field.default for field in dataclasses.fields(cls)},  # type: ignore[arg-type]
     )
 
 
@@ -123,12 +127,13 @@ def is_code(paragraph: str) -> bool:
 
 def _taken_apart(cls: type[Method]) -> tuple[str, str, list[str]]:
     """(title, idea, the other paragraphs) of a card; the class's own first line where the module has none."""
-    first, *rest = [part.strip("\n") for part in re.split(r"\n\s*\n", _card(cls))]
+    first, *rest = [part.strip("\n") for part in re.split(r"\n\s*\n", card(cls))]
     head, _, idea = flowing(first).partition(": ")
     return _sentence(head.partition(",")[0].removeprefix("The ").strip()), _sentence(idea or head), rest
 
 
-def _card(cls: type[Method]) -> str:
+def card(cls: type[Method]) -> str:
+    """What a method says of itself, whole: the docstring of its module, or of the class."""
     return inspect.cleandoc(inspect.getmodule(cls).__doc__ or cls.__doc__ or cls.name())
 
 
@@ -137,7 +142,7 @@ def _sentence(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def _edits(cls: type[Method]) -> list[type[Edit]]:
-    """The kinds of edit that `fit` is declared to return."""
+def edits(cls: type[Method]) -> list[type[Edit]]:
+    """The kinds of edit that `fit` is declared to return; none where it may be any."""
     declared = get_type_hints(cls.fit)["return"]
     return [kind for kind in get_args(declared) or (declared,) if inspect.isclass(kind) and issubclass(kind, Edit) and kind is not Edit]

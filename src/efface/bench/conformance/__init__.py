@@ -13,7 +13,7 @@ pictures of all these that the model itself drew; with `needs.assets` what the c
 What it says it costs: `cost` is compared with what was metered, exactly. Where the figure hangs on what is drawn (random times),
 return an `Expectation` with its mean, least and most.
 
-What it says it changes: the field `group`, where it names a group of the model; otherwise all of `needs.groups`.
+What it says it changes is `Method.trained`: the field `group`, where it names a group of the model; otherwise all of `needs.groups`.
 """
 
 from efface.bench.conformance.table import CHECKS, Check, Outcome, failed, run

@@ -187,20 +187,14 @@ def _outputs(case: Case, edit: Edit) -> tuple[Tensor, Tensor]:
 
 
 def declared(case: Case) -> None:
-    """Attached, no parameter outside the declared group has changed: that of the field `group`, or those of `needs.groups`."""
-    groups = declared_groups(case.method, case.model)
+    """Attached, no parameter outside the declared groups has changed (`Method.trained`)."""
+    groups = case.method.trained(case.model)
     allowed = {name for group in groups for name in case.model.select(group)}
     before = _parameters(case.model)
     with case.edit.attach(case.model, check=False):
         outside = [n for n, p in _parameters(case.model).items() if n not in allowed and not same(p, before[n])]
     if outside:
         raise Failed(f"{told(outside)} changed, outside {' and '.join(groups) or 'what it declares, which is nothing'}")
-
-
-def declared_groups(method: Method, model: Model) -> tuple[str, ...]:
-    """The parameter groups that a method says it changes."""
-    chosen = getattr(method, "group", None)
-    return (chosen,) if chosen in model.groups else method.needs.groups
 
 
 def _parameters(model: Model) -> dict[str, Tensor]:

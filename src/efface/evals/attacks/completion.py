@@ -23,27 +23,17 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor
 
-from efface.core import pictures, sampler
-from efface.core.evidence import Access, Threat
-from efface.core.method import Paper
+from efface.core import sampler
 from efface.core.model import Model
-from efface.core.search import Hunt, Search
+from efface.core.probe import Probe
+from efface.core.search import Hunt
 
 
 @final
 @dataclass(frozen=True)
-class Completion(Search):
+class Completion(Probe):
     """The erased model finishes what the un-erased one began."""
 
-    access: ClassVar[Access] = "sampler"
-    threat: ClassVar[Threat] = "T4"
-    paper: ClassVar[Paper] = Paper(
-        title="When Are Concepts Erased From Diffusion Models?",
-        authors="Lu, Kriplani, Gandikota, Pham, Bau, Hegde, Cohen",
-        venue="NeurIPS 2025",
-        arxiv="2505.17013",
-        code="kevinlu4588/WhenAreConceptsErased",
-    )
     presets: ClassVar[dict[str, dict[str, Any]]] = {"authors": {"shares": (0.1, 0.2), "steps": 50}}
 
     shares: tuple[float, ...] = (0.1, 0.2)
@@ -53,20 +43,19 @@ class Completion(Search):
 
     def __post_init__(self) -> None:
         self.check("shares", bool(self.shares) and all(0 <= value <= 1 for value in self.shares), "shares from 0 to 1, at least one")
-        self.check("steps", self.steps is None or self.steps >= 1, "an integer of at least 1, or None")
+        self.check_steps()
 
     def hunt(self, hunt: Hunt) -> None:
         over = sampler.pairs(hunt.after, self.steps)
         for value in self.shares:
-            rows, first = hunt.rest, round(value * len(over))
-            if not rows or not hunt.affords(len(rows) * len(over) * 2):
+            rows, first = self.next_rows(hunt), round(value * len(over))
+            if not rows:
                 return
             images = completed(hunt.before, hunt.after, [hunt.prompts[i] for i in rows], [hunt.seeds[i] for i in rows], over, first)
             hunt.candidates(rows, images, [f"after {first} of {len(over)} steps"] * len(rows))
 
     def cost(self, model: Model, prompts: int) -> dict[str, float]:
-        steps = len(self.shares) * (self.steps or model.default_steps) * (2 if model.default_guidance > 1 else 1)
-        return {"forwards": prompts * (pictures.drawing(model, 2) + steps)}
+        return self.spent(model, prompts, len(self.shares))
 
 
 def completed(before: Model, after: Model, prompts: list[str], seeds: list[int], over: list[sampler.Pair], first: int) -> Tensor:

@@ -22,26 +22,16 @@ from torch import Tensor
 from torch.nn.functional import interpolate
 
 from efface.core import pictures, sampler
-from efface.core.evidence import Access, Threat
-from efface.core.method import Paper
 from efface.core.model import Model
-from efface.core.search import Hunt, Search, share
+from efface.core.probe import Probe
+from efface.core.search import Hunt, share
 
 
 @final
 @dataclass(frozen=True)
-class Inpainting(Search):
+class Inpainting(Probe):
     """The erased model fills the middle of a picture of the concept."""
 
-    access: ClassVar[Access] = "sampler"
-    threat: ClassVar[Threat] = "T4"
-    paper: ClassVar[Paper] = Paper(
-        title="When Are Concepts Erased From Diffusion Models?",
-        authors="Lu, Kriplani, Gandikota, Pham, Bau, Hegde, Cohen",
-        venue="NeurIPS 2025",
-        arxiv="2505.17013",
-        code="kevinlu4588/WhenAreConceptsErased",
-    )
     presets: ClassVar[dict[str, dict[str, Any]]] = {"authors": {"hole": 0.5, "steps": 50, "seeds": 1}}
 
     hole: float = 0.75
@@ -54,7 +44,7 @@ class Inpainting(Search):
     def __post_init__(self) -> None:
         self.check("hole", 0 < self.hole <= 1, "a share above 0, up to 1")
         self.check_counts(seeds=1)
-        self.check("steps", self.steps is None or self.steps >= 1, "an integer of at least 1, or None")
+        self.check_steps()
 
     def hunt(self, hunt: Hunt) -> None:
         over = sampler.pairs(hunt.after, self.steps)
@@ -62,16 +52,15 @@ class Inpainting(Search):
         seen = hunt.shows(middle(hunt.originals, self.hole), "hole of the un-erased picture")
         hunt.details["hole_of_the_original"] = share("hole of the un-erased picture", seen)
         for number in range(self.seeds):
-            rows = hunt.rest
-            if not rows or not hunt.affords(len(rows) * len(over) * 2):
+            rows = self.next_rows(hunt)
+            if not rows:
                 return
             seeds = [hunt.seeds[i] + number * len(hunt.prompts) for i in rows]
             filled = inpainted(hunt.after, [hunt.prompts[i] for i in rows], seeds, clean[rows], over, self.hole)
             hunt.candidates(rows, middle(sampler.decoded(hunt.after, filled), self.hole), [f"filling {number}"] * len(rows))
 
     def cost(self, model: Model, prompts: int) -> dict[str, float]:
-        steps = self.seeds * (self.steps or model.default_steps) * (2 if model.default_guidance > 1 else 1)
-        return {"forwards": prompts * (pictures.drawing(model, 2) + steps)}
+        return self.spent(model, prompts, self.seeds)
 
 
 def inpainted(model: Model, prompts: list[str], seeds: list[int], clean: Tensor, over: list[sampler.Pair], hole: float) -> Tensor:

@@ -21,29 +21,19 @@ from typing import Any, ClassVar, final
 import torch
 from torch import Tensor
 
-from efface.core import pictures, sampler
-from efface.core.evidence import Access, Threat
-from efface.core.method import Paper
+from efface.core import sampler
 from efface.core.model import Cond, Model
+from efface.core.probe import Probe
 from efface.core.sampling import seeded
-from efface.core.search import Hunt, Search, share
+from efface.core.search import Hunt, share
 from efface.ops.etastep import eta_step
 
 
 @final
 @dataclass(frozen=True)
-class NoiseProbe(Search):
+class NoiseProbe(Probe):
     """The plain prompt with more noise in the sampler."""
 
-    access: ClassVar[Access] = "sampler"
-    threat: ClassVar[Threat] = "T4"
-    paper: ClassVar[Paper] = Paper(
-        title="When Are Concepts Erased From Diffusion Models?",
-        authors="Lu, Kriplani, Gandikota, Pham, Bau, Hegde, Cohen",
-        venue="NeurIPS 2025",
-        arxiv="2505.17013",
-        code="kevinlu4588/WhenAreConceptsErased",
-    )
     presets: ClassVar[dict[str, dict[str, Any]]] = {
         "authors": {"etas": (1.0, 1.17, 1.34, 1.51, 1.68, 1.85), "variances": (1.0, 1.02, 1.03, 1.04), "steps": 50}
     }
@@ -61,13 +51,13 @@ class NoiseProbe(Search):
         for name in ("etas", "variances"):
             values = getattr(self, name)
             self.check(name, bool(values) and all(value >= 0 for value in values), "numbers of at least 0, at least one")
-        self.check("steps", self.steps is None or self.steps >= 1, "an integer of at least 1, or None")
+        self.check_steps()
 
     def hunt(self, hunt: Hunt) -> None:
         settings = [(eta, v) for eta in self.etas for v in self.variances]
         for eta, v in settings:
-            rows = hunt.rest
-            if not rows or not hunt.affords(self.picture(hunt.after) * len(rows)):
+            rows = self.next_rows(hunt)
+            if not rows:
                 break
             images = self.draw(hunt, rows, eta, v, [hunt.seeds[i] for i in rows])
             hunt.candidates(rows, images, [f"eta={eta:g}, v={v:g}"] * len(rows))
@@ -96,13 +86,8 @@ class NoiseProbe(Search):
             cond, null = sampler.told(model, [hunt.prompts[i] for i in rows])
         return sampler.decoded(model, drawn(model, cond, null, seeds, eta, variance, sampler.pairs(model, self.steps)))
 
-    def picture(self, model: Model) -> int:
-        """Samples for one picture."""
-        return (self.steps or model.default_steps) * (2 if model.default_guidance > 1 else 1)
-
     def cost(self, model: Model, prompts: int) -> dict[str, float]:
-        runs = len(self.etas) * len(self.variances) * (2 if self.matched else 1)
-        return {"forwards": prompts * (pictures.drawing(model, 2) + runs * self.picture(model))}
+        return self.spent(model, prompts, len(self.etas) * len(self.variances) * (2 if self.matched else 1))
 
 
 def drawn(model: Model, cond: Cond, null: Cond, seeds: Sequence[int], eta: float, variance: float, over: list[sampler.Pair]) -> Tensor:
