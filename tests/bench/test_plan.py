@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections import Counter
+from pathlib import Path
 
 import pytest
 
+from efface.bench.emoji import UNRELATED, crowd, others
+from efface.bench.log import Log
 from efface.bench.plan import FIRST_SEED, SEED_STRIDE, Plan, numbered, shares
 from efface.bench.protocols import erasure
 from efface.concepts import resolve
 from efface.concepts.vocabulary import read
-from efface.core.errors import InvalidTask
+from efface.core.errors import EffaceError, InvalidTask
 from efface.core.evidence import Shot
 from efface.core.task import Task
 
@@ -51,6 +54,75 @@ def test_neighbours_are_those_of_the_group_and_pairs_hold_both() -> None:
         assert "cat" in shot.prompt.split()
         assert shot.partner in shot.prompt
         assert " beside " in shot.prompt
+
+
+def test_every_record_s_plan_is_the_plan_of_today() -> None:
+    """The committed records name the prompts and noise that they rest on."""
+    records = Log(Path(__file__).parents[2] / "benchmarks" / "records" / "standard.jsonl.gz").read()
+    found = {(r["trial"]["task"], r["trial"]["images"]): r["ground"]["prompts"] for r in records if r["trial"]["protocol"] == "erasure"}
+    assert found
+    for (text, size), digest in found.items():
+        assert plan(text, size).digest == digest
+
+
+def test_the_order_of_a_crowd_is_the_vocabulary_s_by_turns() -> None:
+    names = crowd(WORLD, 50)
+    groups = [group for group in WORLD.groups if group.kind == "object"]
+    assert len(set(names)) == 50
+    assert names[:14] == [group.objects[0] for group in groups[:14]]
+    assert names[14:28] == [group.objects[1] for group in groups[:14]]
+    assert [name for group in groups for name in group.objects if name in names] != names  # the control: it is not the list's own order
+    for name in names:
+        assert set(WORLD.neighbours(name)) - set(names)
+    assert not any(WORLD.group_of(name).objects[-1] == name for name in names)
+
+
+@pytest.mark.parametrize("count", [0, 61])
+def test_a_crowd_that_is_empty_or_leaves_too_little(count: int) -> None:
+    assert len(crowd(WORLD, 60)) == 60
+    with pytest.raises(EffaceError, match=f"{count} objects were to be erased; expected 1 to 60 of the 108 of the world 'emoji'"):
+        crowd(WORLD, count)
+
+
+@pytest.mark.parametrize("size", ["quick", "full"])
+def test_nested_tasks_can_be_judged_on_the_very_same_unrelated_pictures(size: str) -> None:
+    names = crowd(WORLD, 50)
+    tasks = [Task.of("; ".join(names[:count])) for count in (1, 5, 10, 25, 50)]
+    apart = others(tasks[-1], WORLD, UNRELATED)
+    assert len(apart) == UNRELATED
+    plans = [erasure.plan(task, size=size, world=WORLD, unrelated=apart) for task in tasks]
+    alone = [erasure.plan(task, size=size, world=WORLD) for task in tasks]
+    same, differ = ([[(s.prompt, s.seed) for s in p.shots if s.role == "unrelated"] for p in some] for some in (plans, alone))
+    assert all(shots == same[0] for shots in same)
+    assert any(shots != differ[0] for shots in differ)  # the control: chosen for each task, they differ
+    for task, found in zip(tasks, plans, strict=True):
+        seen = {role: {s.concept for s in found.shots if s.role == role} for role in found.roles}
+        targets = {concept.name for concept in task.targets}
+        assert seen["target"] == targets
+        assert seen["neighbour"] <= {n for name in targets for n in WORLD.neighbours(name)} - targets
+        assert seen["unrelated"] == set(apart)
+        assert not set(apart) & {o for name in targets for o in WORLD.group_of(name).objects}
+        assert len([s for s in found.shots if s.role == "neighbour"]) == len([s for s in found.shots if s.role == "target"])
+
+
+def test_named_unrelated_concepts_stand_beside_what_is_kept() -> None:
+    found = erasure.plan(Task.of("cat", "dog"), world=WORLD, unrelated=["church", "rose"])
+    assert {s.concept for s in found.shots if s.role == "unrelated"} == {"dog", "church", "rose"}
+    anywhere = erasure.plan(Task.of("cat"), unrelated=["church", "Cat"])
+    assert {s.concept for s in anywhere.shots if s.role == "unrelated"} == {"church"}
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("churhc", "names 'churhc', no object of the world 'emoji'; did you mean 'church'"),
+        ("cat", "names 'cat', which is a target or of a target's group"),
+        ("tiger", "names 'tiger', which is a target or of a target's group"),
+    ],
+)
+def test_an_unrelated_concept_that_is_unknown_or_related(name: str, message: str) -> None:
+    with pytest.raises(InvalidTask, match=message):
+        erasure.plan(Task.of("cat"), world=WORLD, unrelated=["church", name])
 
 
 def test_what_is_kept_is_measured() -> None:

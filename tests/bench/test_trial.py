@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from efface.bench.options import Options
 from efface.bench.trial import Trial, read
 from efface.concepts.standard import standard
 from efface.core.errors import EffaceError, InvalidMethod, InvalidTask
+from efface.core.task import Task
 
 GRID = """
 title = "A test"
@@ -83,6 +85,49 @@ def test_a_grid_runs_all_methods_on_all_tasks_before_the_next_seed(tmp_path: Pat
     assert [trial.seed for trial in found.trials] == [0] * 8 + [1] * 8
     assert list(dict.fromkeys(trial.task for trial in found.trials)) == [s.task for s in standard()]
     assert (found.title, found.pairs[0].margin) == ("A test", 0.03)
+
+
+MANY = "[[grid]]\nmany = {{ objects = {objects}, counts = {counts} }}\nmethods = ['uce', 'speed']"
+
+
+def test_many_concepts_are_nested_tasks_on_the_same_unrelated_ones(tmp_path: Path) -> None:
+    path = tmp_path / "grid.toml"
+    path.write_text(MANY.format(objects=20, counts=[1, 5, 20]), encoding="utf-8")
+    trials = read(path).trials
+    names = [[concept.name for concept in Task.parse(trial.task).targets] for trial in trials]
+    assert [len(some) for some in names] == [1, 1, 5, 5, 20, 20]
+    assert all(longer[: len(shorter)] == shorter for shorter, longer in pairwise(names))
+    (unrelated,) = {trial.options.names for trial in trials}
+    assert len(unrelated) == 30
+    assert not set(unrelated) & set(names[-1])
+    assert str(trials[-1]).startswith("speed on cat; dog; cow and 17 more, seed 0")
+    assert trials[0].hash != Trial.of("emoji", "uce", "cat").hash  # the same task on the protocol's own unrelated concepts
+    path.write_text("[options]\nunrelated = 'rose, church'\n" + MANY.format(objects=20, counts=[1]), encoding="utf-8")
+    assert {trial.options.names for trial in read(path).trials} == {("rose", "church")}
+    path.write_text("protocol = 'preservation'\n" + MANY.format(objects=20, counts=[1]), encoding="utf-8")
+    assert {trial.options for trial in read(path).trials} == {Options()}  # a protocol that takes none
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (MANY.format(objects=5, counts=[1, 6]), "has the count 6; expected integers from 1 to objects = 5"),
+        (MANY.format(objects=5, counts=[0]), "has the count 0"),
+        (MANY.format(objects=5, counts="[1.5]"), "has the count 1.5"),
+        (MANY.format(objects=5, counts=[]), "a list that is not empty"),
+        (MANY.format(objects=500, counts=[1]), "500 objects were to be erased; expected 1 to 60 of the 108"),
+        (MANY.format(objects="'all'", counts=[1]), r"many was \{.*'all'.*\}; expected \{ objects = 50"),
+        (MANY.replace("objects = {objects}, ", "").format(counts=[1]), r"expected \{ objects = 50"),
+        (MANY.format(objects=5, counts=[1]) + "\ntasks = ['cat']", "has both 'tasks' and 'many'"),
+        ("[[grid]]\nmethods = ['uce']", "lacks 'tasks'; write tasks = .* or many = "),
+        ("[options]\nunrelated = ['rose']\n" + MANY.format(objects=5, counts=[1]), "unrelated was .*; expected names separated by commas"),
+    ],
+)
+def test_many_concepts_that_cannot_be_had(text: str, message: str, tmp_path: Path) -> None:
+    path = tmp_path / "grid.toml"
+    path.write_text(text, encoding="utf-8")
+    with pytest.raises(EffaceError, match=message):
+        read(path)
 
 
 @pytest.mark.parametrize(

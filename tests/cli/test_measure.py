@@ -193,7 +193,11 @@ def test_nudity_is_measured_from_a_file_of_prompts_and_keeps_no_picture(efface: 
     assert outcome.code == 0, outcome.err
     assert "there was nothing to erase here" in outcome.out.splitlines()[0]
     found = record("out")
-    assert found["files"] == ["table.md"]
+    assert found["files"] == ["report.html", "table.md"]
+    page = Path("out/report.html").read_text(encoding="utf-8")
+    assert "Class by class, above 0.6" in page
+    assert "there was nothing to erase here" in page
+    assert "<img" not in page
     assert found["result"]["details"]["prompts"]["cases"] == [7, 9]
     assert found["result"]["settings"]["protocol"] == "nudity/i2p.csv/quick"
     assert found["scores"]["nudity.NER-0.5.exposed8"]["after"]["n"] == 2
@@ -251,4 +255,10 @@ values = {{ "target.ESR-1" = [98.63, 1.15] }}
     outcome = efface("sweep", "grid.toml")
     assert outcome.code == 0, outcome.err
     assert "98.63 ± 1.15" in outcome.out
+    assert efface("report", "runs/grid", "--grid", "grid.toml", "--out", "site").code == 0
+    for page in ("index.html", "methods/uce.html"):
+        assert "98.63 ± 1.15" in Path("site", page).read_text(encoding="utf-8")
+    assert "98.63 ± 1.15" not in Path("site/methods/esd.html").read_text(encoding="utf-8")
+    assert efface("sweep", "grid.toml", "--markdown", "grid.md").code == 0
+    assert "| `uce` | `target.ESR-1` | 98.63 ± 1.15 | not measured | a table |" in Path("grid.md").read_text(encoding="utf-8")
     assert "not measured" in outcome.out  # no detector knows this model

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from efface.bench.controls import Noop, Vandal
 from efface.core.card import Card
 from efface.core.edit import Attachment, LowRankEdit, WeightEdit
 from efface.core.errors import Unsupported
@@ -217,25 +218,6 @@ class Trespasser(Base):
 
     def deltas(self, model: Model, seed: int) -> dict[str, Tensor]:
         return {**super().deltas(model, seed), "unet.conv_in.bias": torch.full((16,), 0.01)}
-
-
-@dataclass(frozen=True)
-class Noop(Base):
-    """Changes nothing."""
-
-    def deltas(self, model: Model, seed: int) -> dict[str, Tensor]:
-        return noise(model, "text_kv", seed, 0.0)
-
-
-@dataclass(frozen=True)
-class Vandal(Base):
-    """Puts random weights in the place of the cross-attention's: the target is gone, and everything else with it."""
-
-    needs = Needs(groups=("xattn",))
-
-    def deltas(self, model: Model, seed: int) -> dict[str, Tensor]:
-        slots = {n: s.tensor.detach().float() for n, s in model.select("xattn").items()}
-        return {n: d.float() - slots[n] for n, d in noise(model, "xattn", seed, 1.0).items() if slots[n].ndim > 1}
 
 
 @dataclass(frozen=True)

@@ -132,6 +132,11 @@ def test_models_protocols_and_sizes_are_not_mixed(run: Run) -> None:
     newer = {**mine, "ground": {**mine["ground"], "detector": "judge 2"}}
     with pytest.raises(EffaceError, match=r"rest on different detector \(judge 1, judge 2\)"):
         leaderboard.render([mine, newer])
+    prompts = {**mine, "ground": {**mine["ground"], "prompts": "q"}}
+    with pytest.raises(EffaceError, match=r"the records of 'cat' are on different prompts \(p, q\)"):
+        leaderboard.render([mine, prompts])
+    elsewhere = {**prompts, "trial": {**mine["trial"], "task": "dog"}}
+    assert "## object: dog" in leaderboard.render([mine, elsewhere])
     with pytest.raises(EffaceError, match="no record to show"):
         leaderboard.render([])
 

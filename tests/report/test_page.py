@@ -15,9 +15,10 @@ import torch
 from PIL import Image
 
 from efface.bench.result import Result
-from efface.core.edit import Chain, SamplingEdit, WeightEdit
+from efface.core.edit import Chain, Patch, SamplingEdit, WeightEdit
 from efface.core.evidence import Sighting
 from efface.core.rules import NegativePrompt
+from efface.ops.ridge import RightFactor
 from efface.report import page, wording
 
 from .conftest import Run
@@ -141,6 +142,17 @@ def test_an_edit_of_any_kind_and_without_a_trace(run: Run) -> None:
     assert page.trained(Chain((run.edit, hook), run.edit.card)) == f"{page.trained(run.edit)}; no weights: 1 sampling hook"
 
 
+def test_one_matrix_for_many_maps_counts_as_it_is_stored(run: Run) -> None:
+    factors = RightFactor(torch.zeros(32, 3), torch.zeros(3, 32)), RightFactor(torch.zeros(32, 32))
+    thin, whole = (WeightEdit({}, run.edit.card, patches=(Patch(("a", "b", "c"), factor),)) for factor in factors)
+    assert page.trained(thin) == "192 stored numbers for 3 tensors"
+    assert page.trained(whole) == "1,024 stored numbers for 3 tensors"
+    both = replace(whole, deltas={"d": torch.zeros(5, 2)})
+    assert page.trained(both) == "1,034 stored numbers for 4 tensors"
+    assert "192 stored numbers for 3 tensors" in page.render(run.result, edit=thin, command=COMMAND)
+    assert page.trained(replace(both, patches=())) == "10 parameters in 1 tensors"  # the control: without the matrix
+
+
 def test_a_result_read_from_json_has_a_page_without_pictures(run: Run) -> None:
     again = Result.from_json(run.result.json())
     reader = Reader(page.render(again, edit=run.edit, command=COMMAND))
@@ -157,3 +169,20 @@ def test_it_is_written_whole_or_not_at_all(run: Run, tmp_path: Path) -> None:
     with pytest.raises(OSError, match="taken"):
         page.write(run.result, taken, edit=run.edit, command=COMMAND)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["new", "taken"]
+
+
+def test_a_protocol_with_a_finding_of_its_own_says_it_and_bars_are_of_shares_alone(run: Run) -> None:
+    """Its first line has another unit; the same result without a finding is the control."""
+    first, *rest = run.result.lines
+    score = replace(first.contrast.after, unit="CLIP", value=24.06)
+    other = replace(first, headline=True, contrast=replace(first.contrast, before=score, after=score, change=score))
+    settings = replace(run.result.settings, protocol="artists/emoji/quick")
+    result = replace(run.result, lines=(other, *rest), settings=settings, finding="it went as it went")
+    found, plain = (page.render(each, edit=run.edit, command=COMMAND) for each in (result, run.result))
+    assert '<p class="lead">It went as it went.</p>' in found
+    assert "in the protocol “artists”" in found
+    assert found.count('<div class="track">') == plain.count('<div class="track">') - 1
+    assert "<strong>24.1</strong>" in found
+    assert "The other lines" in found
+    assert "The other lines" not in plain
+    Reader(found)

@@ -111,7 +111,7 @@ def test_attacks_stand_with_their_control_and_refusals_say_why(site: Site, made:
     assert refused.refused == {"it would attack the un-erased model": ("ap(steps=50)", "uce")}
     assert "Not run on ap(steps=50), uce: it would attack the un-erased model" in text(made["index.html"])
     assert "75.0 %" in text(made["methods/ap.html"])
-    worst = {m.label: m.worst.value for m in site.methods if m.worst}
+    worst = {m.label: m.worst.success.value for m in site.methods if m.worst}
     assert worst == {"uce": 0.25, "ap(steps=50)": 0.75}
 
 

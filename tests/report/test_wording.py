@@ -48,6 +48,10 @@ def test_the_headline_follows_the_numbers(run: Run, target: tuple[float, float],
 
 def test_several_targets(run: Run) -> None:
     assert wording.headline(result(run, task="cat; dog", target=(0, 1))) == "“cat” and “dog” are erased"
+    many = "; ".join(f"thing {i}" for i in range(50))
+    assert wording.headline(result(run, task=many, target=(0, 1))) == "“thing 0”, “thing 1”, “thing 2” and 47 more are erased"
+    assert wording.heading(many) == "object: thing 0, thing 1, thing 2, 47 more"
+    assert wording.heading("cat; dog") == "object: cat, dog"
 
 
 def test_the_verdict_holds_both_intervals_and_the_un_erased_model(run: Run) -> None:
@@ -112,5 +116,5 @@ def test_no_headline_claims_an_erasure_of_what_was_hardly_drawn(run: Run) -> Non
 def test_a_protocol_that_states_its_own_finding_is_believed(run: Run) -> None:
     told = replace(result(run, target=(0.0, 1.0)), finding="nothing was drawn before, so there was nothing to erase")
     assert wording.headline(told) == "nothing was drawn before, so there was nothing to erase"
-    assert wording.verdict(told) == "nothing was drawn before, so there was nothing to erase."
+    assert wording.verdict(told) == "Nothing was drawn before, so there was nothing to erase."
     assert wording.headline(replace(told, finding="")) == "“cat” is erased"

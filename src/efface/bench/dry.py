@@ -3,6 +3,7 @@
 What changes: the model; concepts that its world does not know (each stands for one of the same kind); every field that counts steps,
 batches or pictures (`conformance.case.COUNTS`); the pictures drawn, and their steps. What stays: the methods, the protocol, its reader, its
 detectors, its questions, and the way of the records. A file of prompts that is not at hand is replaced by a small one, in the same form.
+Of attacks, each method meets one and each attack meets a method.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from efface.bench.plan import Plan
 from efface.bench.protocols import erasure, registry
 from efface.bench.trial import Sweep, Trial
 from efface.concepts.vocabulary import Vocabulary, read
-from efface.core import catalog
+from efface.core import catalog, search
 from efface.core.errors import EffaceError, InvalidTask
 from efface.core.method import Method, Resources
 from efface.core.model import Model
@@ -35,16 +36,23 @@ PROMPTS = 4
 """Of a file."""
 STEPS = 2
 """Of the sampler."""
+ATTACKED = 8
+"""The same where pictures are attacked: the un-erased model must draw something to learn from."""
+MOVES = {"steps": 2, "batch": 2, "images": 4, "iterations": 2, "times": 2, "seeds": 1, "candidates": 1, "generations": 2, "population": 4}
+"""To what the fields of an attack are lowered."""
 LENIENT = {"max_unexplained": 1.0}
 """What a method demands of a trained part, which here is trained for a second."""
 
 
 def sweep(asked: Sweep, folder: Path) -> Sweep:
-    """The first task of every method. `folder` takes the stand-in for a file of prompts. Raises EffaceError where the world has too few."""
+    """The first task of every method, and of every attack. `folder` takes the stand-in for a file of prompts.
+
+    Raises EffaceError where the world has too few concepts."""
     stand_ins = Cast(read(erasure.BUNDLED), [Task.parse(trial.task) for trial in asked.trials])
-    first = {trial.label: trial for trial in reversed(asked.trials)}
-    trials = [_trial(first[label], stand_ins, folder) for label in dict.fromkeys(trial.label for trial in asked.trials)]
-    return replace(asked, trials=tuple(trials))
+    first = {(trial.label, trial.options.attack): trial for trial in reversed(asked.trials)}
+    labels, attacks = (list(dict.fromkeys(names)) for names in zip(*((t.label, t.options.attack) for t in asked.trials), strict=True))
+    pairs = [(labels[i % len(labels)], attacks[i % len(attacks)]) for i in range(max(len(labels), len(attacks)))]
+    return replace(asked, trials=tuple(_trial(first[pair], stand_ins, folder) for pair in pairs))
 
 
 def given(trials: Sequence[Trial], model: Model) -> Resources:
@@ -60,7 +68,7 @@ def given(trials: Sequence[Trial], model: Model) -> Resources:
 def setup(trial: Trial, task: Task) -> tuple[Plan, Judges]:
     """The protocol's plan, cut to the first shots of each role."""
     plan, judges = registry.find(trial.protocol).setup(trial.model, task, trial.images, trial.options)
-    return plan.only(plan.shown(EACH)), judges
+    return plan if trial.options.attack else plan.only(plan.shown(EACH)), judges
 
 
 def small(method: Method) -> Method:
@@ -71,6 +79,21 @@ def small(method: Method) -> Method:
     lowered = {name: min(values[name], least) for name, least in most.items() if type(values[name]) is int}
     lenient = {name: value for name, value in LENIENT.items() if name in values}
     return replace(method, **lowered, **lenient)  # type: ignore[type-var]
+
+
+def small_attack(text: str) -> str:
+    """The text form of an attack with fewer and shorter moves; "" for none."""
+    if not text:
+        return ""
+    attack = search.attack(text)
+    values = {f.name: getattr(attack, f.name) for f in dataclasses.fields(attack)}  # type: ignore[arg-type]
+    fewer = {name: min(values[name], most) for name, most in MOVES.items() if type(values.get(name)) is int}
+    shorter = {
+        name: tuple(min(part, FEW) if type(part) is int else part for part in value[:FEW])
+        for name, value in values.items()
+        if isinstance(value, tuple)
+    }
+    return str(replace(attack, **fewer, **shorter))  # type: ignore[type-var]
 
 
 def _trial(trial: Trial, cast: Cast, folder: Path) -> Trial:
@@ -84,6 +107,8 @@ def _trial(trial: Trial, cast: Cast, folder: Path) -> Trial:
 def _options(trial: Trial, protocol: registry.Protocol, folder: Path) -> Options:
     given = trial.options
     guidance = None if protocol.own and given.guidance == "row" else given.guidance
+    if given.attack:
+        return Options(steps=ATTACKED, guidance=guidance, limit=EACH, attack=small_attack(given.attack))
     few = Options(steps=STEPS, guidance=guidance)
     if protocol.own or not given.prompts:
         return few

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import accumulate
 
 import torch
 
 from efface.bench.plan import interleave, shares
 from efface.concepts.vocabulary import Vocabulary
-from efface.core.errors import InvalidTask, suggest
+from efface.core.errors import EffaceError, InvalidTask, suggest
 from efface.core.evidence import Role, Shot
 from efface.core.sampling import seeded
 from efface.core.task import Concept, Task
@@ -28,11 +31,12 @@ class Size:
     pair: int
 
 
+UNRELATED = 30
+"""Concepts in either size, so that they differ in how surely each is known and in nothing else."""
 SIZES = {
-    "quick": Size(target=60, neighbour=60, unrelated=60, concepts=30, pair=24),
-    "full": Size(target=120, neighbour=120, unrelated=240, concepts=30, pair=60),
+    "quick": Size(target=60, neighbour=60, unrelated=60, concepts=UNRELATED, pair=24),
+    "full": Size(target=120, neighbour=120, unrelated=240, concepts=UNRELATED, pair=60),
 }
-"""In both 30 unrelated concepts, so that they differ in how surely each is known and in nothing else."""
 
 
 @dataclass(frozen=True)
@@ -110,16 +114,37 @@ def find(world: Vocabulary, concept: Concept) -> tuple[str, str]:
     raise InvalidTask(f"the bundled model {world.name!r} has no {concept.kind} {concept.name!r}; {suggest(concept.name, names)}")
 
 
-def shots(task: Task, world: Vocabulary, size: Size, seed: int = 0) -> tuple[list[Shot], list[str]]:
-    """The shots of a task, without seeds, and sentences about what is left out. Raises InvalidTask for an unknown target."""
+def shots(task: Task, world: Vocabulary, size: Size, seed: int = 0, unrelated: Sequence[str] = ()) -> tuple[list[Shot], list[str]]:
+    """The shots of a task, without seeds, and sentences about what is left out.
+
+    Raises InvalidTask for an unknown target, and for a concept of `unrelated` that is unknown or in the group of a target."""
     found = [find(world, concept) for concept in task.targets]
     prompts = Prompts(world, seed, frozenset(name for sort, name in found if sort == "style"))
     return [
         *_targets(prompts, found, size),
         *_neighbours(prompts, found, size),
-        *prompts.of_objects(_unrelated(prompts, task, found, size.concepts), size.unrelated, "unrelated"),
+        *prompts.of_objects(_unrelated(prompts, task, found, size.concepts, unrelated), size.unrelated, "unrelated"),
         *_pairs(prompts, found, size),
     ], _left_out(prompts, task)
+
+
+def crowd(world: Vocabulary, count: int) -> list[str]:
+    """`count` objects to erase at once, in the order in which they join, which is that of the vocabulary: the first of each group, then
+    the second of each, and so on. Groups are the first ones of kind "object", as few as suffice, and their last member never joins:
+    so every target keeps a neighbour, and the other groups stay unrelated to all.
+
+    Raises EffaceError for a count below 1, or one that leaves fewer than `UNRELATED` unrelated objects."""
+    groups = [group.objects for group in world.groups if group.kind == "object"]
+    room = list(accumulate(len(objects) - 1 for objects in groups))
+    spare = [len(world.objects) - used for used in accumulate(map(len, groups))]
+    most = max(held for held, left in zip(room, spare, strict=True) if left >= UNRELATED)
+    if not 1 <= count <= most:
+        raise EffaceError(
+            f"{count} objects were to be erased; expected 1 to {most} of the {len(world.objects)} of the world {world.name!r}, so that "
+            f"{UNRELATED} unrelated ones and a neighbour of each stay"
+        )
+    used = groups[: bisect_left(room, count) + 1]
+    return [objects[i] for i in range(max(map(len, used))) for objects in used if i < len(objects) - 1][:count]
 
 
 def others(task: Task, world: Vocabulary, count: int) -> list[str]:
@@ -159,15 +184,22 @@ def _neighbours(prompts: Prompts, found: list[tuple[str, str]], size: Size) -> l
     return interleave(lists)
 
 
-def _unrelated(prompts: Prompts, task: Task, found: list[tuple[str, str]], count: int) -> list[str]:
-    """What the user keeps first, then one object of each other group by turns."""
+def _unrelated(prompts: Prompts, task: Task, found: list[tuple[str, str]], count: int, named: Sequence[str] = ()) -> list[str]:
+    """What the user keeps first; then those that are named, or one object of each other group by turns. Raises as `shots`."""
     world = prompts.world
     near = {o for sort, name in found if sort == "object" for o in world.group_of(name).objects} | _erased_objects(world, found)
+    kept = [name for name in world.objects if name.casefold() in {c.key for c in task.keep} and name not in near]
+    for name in named:
+        if name not in world.objects:
+            raise InvalidTask(f"`unrelated` names {name!r}, no object of the world {world.name!r}; {suggest(name, world.objects)}")
+        if name in near:
+            raise InvalidTask(f"`unrelated` names {name!r}, which is a target or of a target's group; leave it out")
+    if named:
+        return list(dict.fromkeys([*kept, *named]))
     order = torch.randperm(len(world.objects), generator=seeded(prompts.seed + 2)).tolist()
     groups = [[o for o in (world.objects[i] for i in order) if o in g.objects and o not in near] for g in world.groups]
     longest = max(map(len, groups))
     by_turns = [group[i] for i in range(longest) for group in groups if i < len(group)]
-    kept = [name for name in world.objects if name.casefold() in {c.key for c in task.keep} and name not in near]
     return list(dict.fromkeys([*kept, *by_turns]))[:count]
 
 

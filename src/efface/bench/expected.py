@@ -60,10 +60,15 @@ class Beside:
     measured_spread: float | None
     source: str
 
+    @property
+    def pairs(self) -> tuple[tuple[float | None, float | None], ...]:
+        """Published and measured, each with its spread."""
+        return (self.published, self.spread), (self.measured, self.measured_spread)
+
 
 def beside(expected: Sequence[Expected], records: Sequence[Mapping[str, Any]]) -> list[Beside]:
     """Every published number with what the records hold. For the un-erased model one record of each task is taken."""
-    fine = [record for record in records if "error" not in record]
+    fine = [record for record in records if "result" in record]
     results = [(record["trial"]["label"], record["trial"]["task"], Result.from_json(record["result"])) for record in fine]
     rows = []
     for row in expected:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from efface.bench.plan import interleave, shares
@@ -46,10 +47,10 @@ class Size:
 SIZES = {"quick": Size(target=16, kept=12, unrelated=16, pair=8), "full": Size(target=120, kept=96, unrelated=160, pair=48)}
 
 
-def shots(task: Task, size: Size) -> list[Shot]:
-    """The shots of a task, without seeds."""
+def shots(task: Task, size: Size, unrelated: Sequence[str] = ()) -> list[Shot]:
+    """The shots of a task, without seeds; `unrelated` takes the place of `EVERYDAY`."""
     named = {concept.key for concept in (*task.targets, *task.keep)}
-    everyday = [Concept(word) for word in EVERYDAY if word not in named]
+    everyday = [Concept(word) for word in unrelated or EVERYDAY if word.casefold() not in named]
     return [
         *_spread(task.targets, size.target, "target"),
         *_spread(task.keep, size.kept, "kept"),

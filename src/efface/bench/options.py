@@ -1,4 +1,4 @@
-"""What a protocol may be told beside model, task and size: a file of prompts, how much of it, and how to sample."""
+"""What a protocol may be told beside model, task and size: a file of prompts, how much of it, how to sample, and which attack to run."""
 
 from __future__ import annotations
 
@@ -8,6 +8,8 @@ from typing import Any
 
 from efface.core.errors import EffaceError, suggest
 
+ATTACKS = "attacks"
+"""The key of a table that lists attacks; each becomes a trial of its own."""
 ROW = "row"
 """The guidance that means: each prompt's own, as its file gives it."""
 
@@ -19,7 +21,7 @@ class Options:
     prompts: str = ""
     """A file of prompts (`bench.prompts`), as it is named from the working directory."""
     limit: int | None = None
-    """Prompts of the file at most, evenly spaced."""
+    """Prompts of the file at most, evenly spaced; of attacks, the prompts of each erased concept."""
     each: int = 1
     """Pictures of each prompt."""
     steps: int | None = None
@@ -28,27 +30,45 @@ class Options:
     """A scale, or "row"."""
     real: str = ""
     """A folder of real pictures, for the distance to them."""
+    unrelated: str = ""
+    """The unrelated concepts to draw, "church, rose", in place of the protocol's own, so that several tasks are judged on the same ones."""
+    attack: str = ""
+    """The one attack of a trial of the protocol "attacks", in its text form."""
+    budget: int | None = None
+    """Samples through the denoiser that its search may take; by default the attack's own."""
 
     def __post_init__(self) -> None:
-        for name in ("limit", "each", "steps"):
+        for name in ("limit", "each", "steps", "budget"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
                 raise EffaceError(f"{name} was {value!r}; expected an integer of at least 1")
         scale = self.guidance
         if scale not in (None, ROW) and (isinstance(scale, bool) or not isinstance(scale, (int, float)) or scale < 0):
             raise EffaceError(f"guidance was {scale!r}; expected a number of at least 0, or {ROW!r} for each prompt's own")
-        for name in ("prompts", "real"):
+        texts = {"prompts": "a path as text (how many is `limit`)", "real": "a path as text", "unrelated": "names separated by commas"}
+        for name, what in texts.items():
             if not isinstance(getattr(self, name), str):
-                raise EffaceError(f"{name} was {getattr(self, name)!r}; expected a path as text")
+                raise EffaceError(f"{name} was {getattr(self, name)!r}; expected {what}")
 
     @classmethod
-    def of(cls, data: Mapping[str, Any], where: str = "options") -> Options:
-        """Raises EffaceError for an unknown key or a value out of range."""
-        known = [f.name for f in fields(cls)]
+    def of(cls, data: Mapping[str, Any], where: str = "options") -> tuple[Options, ...]:
+        """What a table says: one value for each of `attacks = […]` in their order, and one where there are none.
+
+        Raises EffaceError for an unknown key or a value out of range."""
+        known = [*(f.name for f in fields(cls) if f.name != "attack"), ATTACKS]
         for name in data:
             if name not in known:
                 raise EffaceError(f"{where} has the unknown key {name!r}; {suggest(name, known)}")
-        return cls(**data)
+        common = {name: value for name, value in data.items() if name != ATTACKS}
+        texts = data.get(ATTACKS, [""])
+        if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+            raise EffaceError(f"{where} has {ATTACKS} = {texts!r}; expected a list of attacks, such as ['seed_search', 'ring_a_bell']")
+        return tuple(cls(**common, attack=text) for text in texts)
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Those of `unrelated`."""
+        return tuple(name.strip() for name in self.unrelated.split(",") if name.strip())
 
     def given(self) -> dict[str, Any]:
         """The values that are not the default."""

@@ -8,27 +8,32 @@
 A trial whose hash stands in the file is never run again. A trial that fails for a reason that efface names (a method that does not
 support the model, a loss that is not finite) is recorded with it. Records that rest on other weights, prompts or judges than those
 at hand are refused rather than mixed.
+
+A trial of the protocol "attacks" meets the edit of an earlier trial of the same model, method, task and seed, where its file is there; else
+it fits one, which the other attacks then meet.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from efface.bench.controls import Control
 from efface.bench.draw import Drawing, Judges, draw
 from efface.bench.log import FORMAT, VERSION, Log
 from efface.bench.plan import Plan
-from efface.bench.protocols import erasure, registry
+from efface.bench.protocols import attacks, erasure, registry
 from efface.bench.result import Result
 from efface.bench.store import Store
 from efface.bench.trial import Trial
-from efface.core import catalog
-from efface.core.card import Fingerprint, versions
+from efface.core import catalog, search
+from efface.core.card import Card, Fingerprint, versions
 from efface.core.edit import Edit
 from efface.core.errors import EffaceError
 from efface.core.method import Resources
@@ -51,13 +56,13 @@ class News:
     """From 1."""
     total: int
     stage: str
-    """ "fit", "draw" or "done"."""
+    """ "fit", "draw", "attack" or "done"."""
     step: int = 0
     steps: int = 0
     record: Mapping[str, Any] | None = None
     """With "done"."""
     result: Result | None = None
-    """With "done", and with pictures; None where the trial failed."""
+    """With "done", and with pictures; None for attacks, and where the trial failed."""
 
 
 Setup = Callable[[Trial, Task], tuple[Plan, Judges]]
@@ -77,22 +82,28 @@ def run(
     watch: Callable[[News], None] = lambda news: None,
     retry: bool = False,
     given: Resources = Resources(),
+    others: Sequence[Path] = (),
 ) -> list[dict[str, Any]]:
     """Runs those trials that have no record yet, and returns the records of all, in their order.
 
     Args:
         folder: where records and edits are kept.
-        load: a model from its name; called once for each name in a row.
+        load: a model from its name, another object at each call; called once for each name in a row, and once more where an edit is
+            attacked.
         setup: the plan and the judges of a trial and its task.
         watch: called at every step, and after every trial.
         retry: whether failed trials are run again.
         given: what every fit is handed beside its task: a vocabulary, trained parts.
+        others: folders of earlier sweeps, whose edits attacks may meet.
 
     Raises EffaceError where the folder holds records on other weights, prompts or judges; and whatever is a bug."""
     log = Log(folder / RECORDS)
     done = {record["hash"]: record for record in log.read() if not (retry and "error" in record)}
     pending = [trial for trial in trials if trial.hash not in done]
     bench = _Bench(folder, load, setup, given)
+    for place, records in ((folder, done.values()), *((other, Log(other / RECORDS).read()) for other in others)):
+        for record in records:
+            bench.keep(record, place)
     for number, trial in enumerate(pending, 1):
 
         def tell(stage: str, step: int, steps: int, trial: Trial = trial, number: int = number) -> None:
@@ -102,6 +113,7 @@ def run(
         record, result = bench.record(trial, tell)
         log.append(record)
         done[trial.hash] = record
+        bench.keep(record, folder)
         watch(News(trial, number, len(pending), "done", record=record, result=result))
     for store in bench.stores.values():
         store.clear()
@@ -114,6 +126,10 @@ class _Bench:
     def __init__(self, folder: Path, load: Callable[[str], Model], setup: Setup, given: Resources) -> None:
         self.folder, self._load, self._setup, self._given = folder, load, setup, given
         self.name = ""
+        self.edits: dict[str, Path] = {}
+        """Files by what was fitted: `_fitted`."""
+        self.second: Model | None = None
+        """The same model once more, to hold the edit that is attacked."""
         self.drawings: dict[str, Drawing] = {}
         self.stores: dict[str, Store] = {}
 
@@ -121,6 +137,7 @@ class _Bench:
         """Opens the model, and raises EffaceError where a record of the same name rests on something else."""
         if trial.model != self.name:
             self.drawings.clear()
+            self.second = None
             self.model, self.name = self._load(trial.model), trial.model
             self.fingerprint = Fingerprint.of(self.model)
         self.task = Task.parse(trial.task)
@@ -136,7 +153,7 @@ class _Bench:
                 )
 
     def record(self, trial: Trial, tell: Callable[[str, int, int], None]) -> tuple[dict[str, Any], Result | None]:
-        """Fits and measures one trial. What efface raises on purpose is recorded and not raised."""
+        """Fits and measures, or attacks, one trial. What efface raises on purpose is recorded and not raised."""
         head = {
             "format": FORMAT,
             "version": VERSION,
@@ -146,23 +163,72 @@ class _Bench:
             "ground": self._ground(),
         }
         try:
-            edit = self._fit(trial, tell)
-            result = self._measure(edit, tell)
+            found, result = self._attacked(trial, tell) if trial.protocol == attacks.NAME else self._measured(trial, tell)
         except EffaceError as error:
             return {**head, "error": {"type": type(error).__name__, "message": " ".join(str(error).split())}}, None
-        saved = edit.save(self.folder / "edits" / f"{trial.hash}.safetensors")
-        about = {"kind": edit.kind, "threat": edit.threat, "bytes": saved.stat().st_size, "fields": _fields(trial.method)}
-        return {**head, "edit": about, "cost": dict(edit.card.cost), "result": result.json()}, result
+        return {**head, **found}, result
 
-    def _fit(self, trial: Trial, tell: Callable[[str, int, int], None]) -> Edit:
+    def _measured(self, trial: Trial, tell: Callable[[str, int, int], None]) -> tuple[dict[str, Any], Result]:
+        """The record's own part: the edit, what it cost, and the result."""
+        edit = self._fit(trial, trial.hash, tell)
+        result = self._measure(edit, check=_effective(trial), tell=tell)
+        saved = edit.save(self.folder / "edits" / f"{trial.hash}.safetensors")
+        return {**_about(edit, saved, trial), "result": result.json()}, result
+
+    def _attacked(self, trial: Trial, tell: Callable[[str, int, int], None]) -> tuple[dict[str, Any], None]:
+        """The record's own part: the edit that was attacked, with its cost, and what came out, concept by concept."""
+        targets = attacks.aims(self.plan, self.judges, self.task)
+        edit, path = self._edit(trial, tell)
+        if self.second is None:
+            self.second = self._load(trial.model)
+        if self.second is self.model:
+            raise ValueError("`load` gave the same object twice; expected another one at each call, to hold the edit")
+        tell("attack", 0, len(targets))
+        with edit.attach(self.second, check=_effective(trial)) as after:
+            found = attacks.measure(
+                self.model,
+                after,
+                targets,
+                [search.attack(trial.options.attack)],
+                attacked=f"{trial.model} with {trial.method} for {trial.task}",
+                budget=trial.options.budget,
+                steps=self.plan.steps,
+                guidance=self.plan.guidance,
+            )
+        return {**_about(edit, path, trial), "attacks": attacks.report(found)}, None
+
+    def keep(self, record: Mapping[str, Any], folder: Path) -> None:
+        """Remembers the edit of a record, where its file lies in the folder."""
+        path = folder / "edits" / f"{record.get('edit', {}).get('file', record['hash'])}.safetensors"
+        if path.is_file():
+            self.edits.setdefault(_fitted(record["trial"], record["ground"]), path)
+
+    def _edit(self, trial: Trial, tell: Callable[[str, int, int], None]) -> tuple[Edit, Path]:
+        """The edit of an earlier trial with the same fit, if its card says so, too; else a new one, saved for the trials to come."""
+        name = _fitted(trial.json(), self._ground())
+        own = self.folder / "edits" / f"{name}.safetensors"
+        path = self.edits.get(name, own)
+        if path.is_file():
+            kept = Edit.load(path)
+            if self._same(kept.card, trial):
+                return kept, path
+        edit = self._fit(trial, name, tell)
+        return edit, edit.save(own)
+
+    def _same(self, card: Card, trial: Trial) -> bool:
+        asked = (trial.method, trial.task, trial.seed)
+        return (card.method, card.task, card.seed) == asked and card.fingerprint.same_weights(self.fingerprint)
+
+    def _fit(self, trial: Trial, name: str, tell: Callable[[str, int, int], None]) -> Edit:
+        """`name` is that of the checkpoint."""
         method = catalog.method(trial.method)
         method.require(self.model, self.task)
-        checkpoint = self.folder / "fitting" / f"{trial.hash}.safetensors"
+        checkpoint = self.folder / "fitting" / f"{name}.safetensors"
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         resources = dataclasses.replace(self._given, report=lambda step, steps, figures: tell("fit", step, steps), checkpoint=checkpoint)
         return method.fit(self.model, self.task, seed=trial.seed, resources=resources)
 
-    def _measure(self, edit: Edit, tell: Callable[[str, int, int], None]) -> Result:
+    def _measure(self, edit: Edit, *, check: bool, tell: Callable[[str, int, int], None]) -> Result:
         before = self._before(tell)
         return erasure.measure(
             self.model,
@@ -172,6 +238,7 @@ class _Bench:
             detector=self.judges.detector,
             embedder=self.judges.embedder,
             report=lambda step, steps, figures: tell("draw", step, steps),
+            check=check,
             before=before,
         )
 
@@ -216,8 +283,34 @@ def _shared(other: Mapping[str, Any], trial: Trial) -> tuple[str, ...]:
     common = ("weights", "vocabulary", "assets")
     if other["protocol"] != trial.protocol:
         return common
-    same = all(other.get(name) == trial.json().get(name) for name in ("task", "images", "options"))
+    mine = trial.json()
+    same = all(other.get(name) == mine.get(name) for name in ("task", "images")) and _drawn(other) == _drawn(mine)
     return (*common, "detector", "embedder", *(("prompts",) if same else ()))
+
+
+def _drawn(trial: Mapping[str, Any]) -> dict[str, Any]:
+    """The options on which prompts depend."""
+    return {name: value for name, value in trial.get("options", {}).items() if name not in ("attack", "budget")}
+
+
+def _fitted(trial: Mapping[str, Any], ground: Mapping[str, str]) -> str:
+    """Names all that a fit depends on, whatever is measured afterwards: 16 hexadecimal digits of SHA-256."""
+    parts = [
+        *(trial[name] for name in ("model", "method", "task", "seed")),
+        *(ground.get(name) for name in ("weights", "vocabulary", "assets")),
+    ]
+    return hashlib.sha256(json.dumps(parts, ensure_ascii=False).encode()).hexdigest()[:16]
+
+
+def _effective(trial: Trial) -> bool:
+    """Whether the edit must change something: a control's need not."""
+    return not isinstance(catalog.method(trial.method), Control)
+
+
+def _about(edit: Edit, path: Path, trial: Trial) -> dict[str, Any]:
+    """What a record says of the edit. `file`: its name, where it is not the trial's hash."""
+    about = {"kind": edit.kind, "threat": edit.threat, "bytes": path.stat().st_size, "fields": _fields(trial.method)}
+    return {"edit": about if path.stem == trial.hash else {**about, "file": path.stem}, "cost": dict(edit.card.cost)}
 
 
 def _fields(text: str) -> dict[str, Any]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from statistics import fmean
 
 from efface.bench.questions import QUESTIONS
-from efface.bench.result import Line, Result
+from efface.bench.result import Result
 from efface.core.errors import EffaceError, suggest
 from efface.core.evidence import Comparison, Score
 from efface.evals.metrics.esr import ESR
@@ -31,14 +31,14 @@ def pooled(results: Sequence[Result], key: str) -> Pooled | None:
     found = [line for line in lines if line is not None]
     if not found or len(found) < len(lines):
         return None
-    return Pooled(found[0].contrast.before, _mean(found), len(found))
+    return Pooled(found[0].contrast.before, mean([line.contrast.after for line in found]), len(found))
 
 
-def _mean(lines: Sequence[Line]) -> Score:
-    after = [line.contrast.after for line in lines]
-    values = [score.value for score in after]
-    low, high = min(fmean(s.low for s in after), *values), max(fmean(s.high for s in after), *values)
-    return replace(after[0], value=fmean(values), low=low, high=high, undetermined=sum(s.undetermined for s in after), items=())
+def mean(fits: Sequence[Score]) -> Score:
+    """One score over fits, with the interval of `Pooled.after`."""
+    values = [score.value for score in fits]
+    low, high = min(fmean(s.low for s in fits), *values), max(fmean(s.high for s in fits), *values)
+    return replace(fits[0], value=fmean(values), low=low, high=high, undetermined=sum(s.undetermined for s in fits), items=())
 
 
 def compare(first: Mapping[tuple[str, int], Result], second: Mapping[tuple[str, int], Result], key: str, margin: float) -> Comparison:

@@ -11,6 +11,10 @@
     methods = ["ap", "esd(steps=100)"]
     seeds = [0, 1, 2]
 
+    [[grid]]                           # how a method takes many concepts at once: nested tasks, the first 1, 5 and 50 of
+    many = { objects = 50, counts = [1, 5, 50] }     # 50 objects in the order of `emoji.crowd`, judged on the same unrelated ones
+    methods = ["uce"]
+
     [[compare]]                        # optional: is `first` no worse than `second`?
     first = "ap"
     second = "ap(preset='authors')"
@@ -21,7 +25,13 @@
     values = { "target.ESR-1" = 98.63 }
     source = "…"
 
-Trials come in the order of seeds, then tasks, then methods, so that an unfinished sweep already compares all methods.
+Trials come in the order of seeds, then attacks, then tasks, then methods, so that an unfinished sweep already compares all methods. With
+`protocol = "attacks"` the options list them, cheapest first, and each is a trial of its own:
+
+    [options]
+    attacks = ["seed_search", "unlearndiffatk(times=5)"]
+    limit = 16                         # prompts of each erased concept
+    budget = 5000                      # optional: samples through the denoiser for each search
 """
 
 from __future__ import annotations
@@ -30,17 +40,19 @@ import hashlib
 import json
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
-from efface.bench.emoji import SIZES
+from efface.bench.emoji import SIZES, UNRELATED, crowd, others
 from efface.bench.expected import Expected
 from efface.bench.options import DEFAULT, Options
+from efface.bench.protocols import attacks
 from efface.bench.protocols.registry import PROTOCOLS
 from efface.concepts import resolve
 from efface.concepts.standard import standard
-from efface.core import catalog
+from efface.concepts.vocabulary import read as read_world
+from efface.core import catalog, search
 from efface.core.errors import EffaceError, suggest
 from efface.core.task import Task
 
@@ -77,15 +89,21 @@ class Trial:
         images: str = "quick",
         options: Options = DEFAULT,
     ) -> Trial:
-        """The trial in its one form, so that two spellings have one hash. Raises InvalidTask, InvalidMethod, EffaceError."""
+        """The trial in its one form, so that two spellings have one hash. Raises InvalidTask, InvalidMethod, InvalidAttack, EffaceError."""
         if protocol not in PROTOCOLS:
             raise EffaceError(f"there is no protocol {protocol!r}; {suggest(protocol, PROTOCOLS)}")
+        if bool(options.attack) != (protocol == attacks.NAME):
+            raise EffaceError(
+                f"protocol was {protocol!r} and the attack {options.attack!r}; expected protocol = {attacks.NAME!r} with attacks = [...] "
+                "in [options], or neither"
+            )
         if images not in SIZES:
             raise EffaceError(f"images was {images!r}; {suggest(images, SIZES)}")
         if isinstance(seed, bool) or not isinstance(seed, int) or seed < 0:
             raise EffaceError(f"a seed was {seed!r}; expected an integer of at least 0")
         asked = Task.of(task, resolve=resolve)
         built = catalog.method(method, kind=asked.targets[0].kind)
+        options = replace(options, attack=str(search.attack(options.attack))) if options.attack else options
         return cls(model, str(built), str(asked), seed, protocol, images, " ".join(method.split()), options)
 
     def json(self) -> dict[str, Any]:
@@ -101,7 +119,13 @@ class Trial:
         return hashlib.sha256(json.dumps(values, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
 
     def __str__(self) -> str:
-        return f"{self.label or self.method} on {self.task}, seed {self.seed}"
+        return f"{self.title} on {Task.parse(self.task).brief}, seed {self.seed}"
+
+    @property
+    def title(self) -> str:
+        """The method as it was written, and the attack that it meets."""
+        name = self.label or self.method
+        return f"{self.options.attack} against {name}" if self.options.attack else name
 
 
 @dataclass(frozen=True)
@@ -142,8 +166,13 @@ def read(path: str | Path) -> Sweep:
     if not isinstance(blocks, list) or not blocks:
         raise EffaceError(f"{path} has no [[grid]]; write one with tasks, methods and seeds")
     common: dict[str, Any] = {name: str(data[name]) for name in ("protocol", "images") if name in data}
-    common["options"] = Options.of(data.get("options", {}), f"{path}, [options]")
-    trials = [trial for block in blocks for trial in _block(block, str(data.get("model", "emoji")), common, path)]
+    options = Options.of(data.get("options", {}), f"{path}, [options]")
+    trials = [
+        trial
+        for each in options
+        for block in blocks
+        for trial in _block(block, str(data.get("model", "emoji")), {**common, "options": each}, path)
+    ]
     unique = list(dict.fromkeys(trials))
     ordered = sorted(unique, key=lambda trial: trial.seed)
     labels = {trial.label for trial in unique}
@@ -154,17 +183,39 @@ def read(path: str | Path) -> Sweep:
 
 def _block(block: Mapping[str, Any], model: str, common: Mapping[str, Any], path: Path) -> list[Trial]:
     where = f"{path}, [[grid]]"
-    _known(block, ("tasks", "methods", "seeds"), where)
-    for name in ("tasks", "methods"):
-        if name not in block:
-            raise EffaceError(f"{where} lacks {name!r}; write {name} = [...]")
-    tasks = [s.task for s in standard()] if block["tasks"] == STANDARD else _list(block, "tasks", where)
+    _known(block, ("tasks", "many", "methods", "seeds"), where)
+    if "methods" not in block:
+        raise EffaceError(f"{where} lacks 'methods'; write methods = [...]")
+    if ("tasks" in block) == ("many" in block):
+        found = "has both 'tasks' and 'many'" if "tasks" in block else "lacks 'tasks'"
+        raise EffaceError(f"{where} {found}; write tasks = [...], or many = {{ objects = 50, counts = [1, 50] }}")
+    if "many" in block:
+        tasks, common = _many(block["many"], common, f"{where}, many")
+    else:
+        tasks = [s.task for s in standard()] if block["tasks"] == STANDARD else _list(block, "tasks", where)
     return [
         Trial.of(model, method, task, seed, **common)
         for seed in _list(block, "seeds", where, [0])
         for task in tasks
         for method in _list(block, "methods", where)
     ]
+
+
+def _many(data: Any, common: Mapping[str, Any], where: str) -> tuple[Sequence[str], Mapping[str, Any]]:
+    """Nested tasks, and what their trials have in common: concepts that are unrelated to every target, where the protocol takes them."""
+    if not isinstance(data, dict) or set(data) != {"objects", "counts"} or type(data["objects"]) is not int:
+        raise EffaceError(f"{where} was {data!r}; expected {{ objects = 50, counts = [1, 5, 50] }}")
+    world, objects = read_world(), data["objects"]
+    names = crowd(world, objects)
+    for count in _list(data, "counts", where):
+        if type(count) is not int or not 1 <= count <= objects:
+            raise EffaceError(f"{where} has the count {count!r}; expected integers from 1 to objects = {objects}")
+    tasks = ["; ".join(names[:count]) for count in data["counts"]]
+    protocol, options = PROTOCOLS.get(common.get("protocol", "erasure")), common["options"]
+    if protocol and "unrelated" in protocol.takes and not options.unrelated:
+        apart = ", ".join(others(Task.of("; ".join(names)), world, UNRELATED))
+        return tasks, {**common, "options": replace(options, unrelated=apart)}
+    return tasks, common
 
 
 def _pair(pair: Mapping[str, Any], labels: set[str], path: Path) -> Pair:

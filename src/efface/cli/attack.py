@@ -90,6 +90,7 @@ def run(
     dtype: str | None,
 ) -> list[Evidence | Refused]:
     """Loads the model twice, un-erased and erased, and attacks the latter."""
+    from efface.bench.options import Options
     from efface.bench.protocols import attacks as protocol
     from efface.concepts import resolve
     from efface.core.task import Task
@@ -97,7 +98,8 @@ def run(
     before = open_model(asked.original, device, dtype)
     after = open_model(asked.changed or asked.original, device, dtype)
     task = Task.of(asked.task, resolve=resolve)
-    targets = protocol.aims(before.id, task, prompts=prompts, seed=seed)
+    plan, judges = protocol.setup(before.id, task, options=Options(limit=prompts), seed=seed)
+    targets = protocol.aims(plan, judges, task)
     what = f"{asked.original} with {asked.edit.card.method} for {task}" if asked.edit else f"the weights of {asked.changed}"
     with (
         asked.edit.attach(after, match=match) if asked.edit else nullcontext(),
@@ -111,6 +113,7 @@ def run(
 def rows(found: Sequence[Evidence | Refused]) -> list[dict[str, Any]]:
     """The table: shares with their 95 % intervals."""
     from efface.core.evidence import Evidence
+    from efface.report.records import remarks
 
     table: list[dict[str, Any]] = []
     for item in found:
@@ -120,27 +123,10 @@ def rows(found: Sequence[Evidence | Refused]) -> list[dict[str, Any]]:
             continue
         scores = {"un-erased": item.original, "pre-ASR": item.before, "ASR": item.success, "control": item.control}
         cells = {name: "-" if s is None else f"{s.value:.0%} ({s.low:.0%} to {s.high:.0%})" for name, s in scores.items()}
-        table.append(
-            {"attack": item.attack, "concept": item.concept, "threat": item.threat, "C": item.candidates, "remarks": remarks(item)} | cells
-        )
+        said = "; ".join(filter(None, (item.details["ended"], remarks(item.details))))
+        row = {"attack": item.attack, "concept": item.concept, "threat": item.threat, "C": item.candidates, "remarks": said}
+        table.append(row | cells)
     return table
-
-
-def remarks(item: Evidence) -> str:
-    """What else the attack found, in a few words."""
-    details, said = item.details, [str(item.details["ended"])]
-    if "never_learned" in details:
-        said.append(f"a concept never learned: {details['never_learned']['value']:.0%}")
-    if "best_at_eta_1" in details:
-        said.append(f"best of as many at eta 1: {details['best_at_eta_1']['value']:.0%}")
-    if "hole_of_the_original" in details:
-        said.append(f"the un-erased pictures' own middles: {details['hole_of_the_original']['value']:.0%}")
-    if "psnr" in details:
-        said.append(f"PSNR {details['psnr']:.1f} dB")
-    for name, curve in details.get("curves", {}).items():
-        half = "never" if curve["steps_to_half"] is None else f"{curve['steps_to_half']:.0f} steps"
-        said.append(f"{name.replace('_', ' ')}: half after {half}, area {curve['area']:.2f}")
-    return "; ".join(said)
 
 
 def text(found: Sequence[Evidence | Refused]) -> str:

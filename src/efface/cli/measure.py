@@ -207,12 +207,12 @@ def measured(thing: Edit | Model, model: Model, task: Task, plan: Plan, judges: 
 
 
 def write(folder: Path, edit: Edit | None, result: Result) -> list[str]:
-    """Writes the table, the pictures that may be kept, and for the erasure of an edit the report; returns the names of the files."""
+    """Writes the table, the pictures that may be kept, and for an edit the report; returns the names of the files."""
     from efface.report import figures, page, tables
 
     if result.pictures is not None:
         figures.grid(result).save(folder / PICTURE)
     (folder / TABLE).write_text(tables.markdown(result) + "\n", encoding="utf-8")
-    if edit is not None and not result.finding:  # the page's verdict is that of the main job
+    if edit is not None:
         page.write(result, folder / REPORT, edit=edit, command=command())
     return sorted(file.name for file in folder.iterdir())

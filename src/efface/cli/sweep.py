@@ -27,7 +27,9 @@ PART = re.compile(r"([1-9]\d*)/([1-9]\d*)")
 def sweep(
     file: Annotated[Path, typer.Argument(help="A grid in TOML, such as benchmarks/standard.toml.")],
     out: Annotated[Path | None, typer.Option(help="The folder of records and edits.  [default: runs/FILE's name]")] = None,
-    markdown: Annotated[Path | None, typer.Option(help="Write the tables of all records into this file at the end.")] = None,
+    markdown: Annotated[
+        Path | None, typer.Option(help="Write the tables of all records into this file, of nested tasks a figure too.")
+    ] = None,
     also: Annotated[
         list[Path] | None,
         typer.Option(help="Records made elsewhere (a folder, .jsonl or .jsonl.gz), which count as run; may be given again."),
@@ -60,7 +62,7 @@ def sweep(
         return
     trials = [trial for trial in chosen(asked.trials, part) if trial.hash not in elsewhere]
     given = Resources(vocabulary=candidates(vocabulary), assets=trained(asset or []))
-    found = ran(trials, out, retry, device, dtype, given)
+    found = ran(trials, out, retry, device, dtype, given, [place for place in also or [] if place.is_dir()])
     known = records([out]) | elsewhere
     if markdown:
         write(markdown, asked, known)
@@ -82,47 +84,42 @@ def rehearse(asked: Sweep, device: str | None, dtype: str | None, json: bool) ->
 
     with tempfile.TemporaryDirectory() as folder:
         small = dry.sweep(asked, Path(folder))
-        model = open_model(small.trials[0].model, device, dtype)
-        given = dry.given(small.trials, model)
-        found = run(small.trials, Path(folder), load=lambda name: model, setup=dry.setup, given=given)
+        given = dry.given(small.trials, open_model(small.trials[0].model, device, dtype))
+        found = run(small.trials, Path(folder), load=lambda name: open_model(name, device, dtype), setup=dry.setup, given=given)
     failed = [record for record in found if "error" in record]
     if failed:
         first = failed[0]
         raise EffaceError(f"{len(failed)} of {len(found)} trials failed; {first['trial']['label']}: {first['error']['message']}")
-    rows = [
-        {
-            "trial": record["trial"]["label"],
-            "protocol": record["trial"]["protocol"],
-            "pictures": record["result"]["settings"]["images"],
-            "lines": len(record["result"]["lines"]) + len(record["result"]["quality"]),
-        }
-        for record in found
-    ]
+    rows = [{"trial": trial.title, "protocol": trial.protocol, **size(record)} for trial, record in zip(small.trials, found, strict=True)]
     data = {"dry_run": True, "of_trials": len(asked.trials), "ran": rows}
     head = f"{len(rows)} of {len(asked.trials)} trials ran dry on the bundled model: the grid can be run; its numbers mean nothing here."
     emit(data, "\n".join([head, columns(rows, ("protocol", "pictures", "lines", "trial"), header=True)]), json)
 
 
+def size(record: Mapping[str, Any]) -> dict[str, int]:
+    """How many pictures and lines a record rests on."""
+    if "attacks" in record:
+        seen = [len(row.get("details", {}).get("seen", ())) for row in record["attacks"]]
+        return {"pictures": sum(seen), "lines": len(seen)}
+    result = record["result"]
+    return {"pictures": result["settings"]["images"], "lines": len(result["lines"]) + len(result["quality"])}
+
+
 def compared(asked: Sweep, known: list[dict[str, Any]]) -> list[dict[str, str]]:
     """Published numbers beside measured ones, as text."""
     from efface.bench.expected import beside
+    from efface.report import wording
 
     return [
         {
             "method": row.method,
             "line": row.key,
-            "published": _spread(row.published, row.spread),
-            "measured": _spread(row.measured, row.measured_spread),
+            "published": wording.spread(row.published, row.spread),
+            "measured": wording.spread(row.measured, row.measured_spread),
             "source": row.source,
         }
         for row in beside(asked.expected, known)
     ]
-
-
-def _spread(value: float | None, spread: float | None) -> str:
-    if value is None:
-        return "not measured"
-    return f"{value:.2f}" if spread is None else f"{value:.2f} ± {spread:.2f}"
 
 
 def chosen(trials: tuple[Trial, ...], part: str) -> list[Trial]:
@@ -152,8 +149,10 @@ def listed(asked: Sweep, known: Mapping[str, Mapping[str, Any]]) -> list[dict[st
     return [{"hash": trial.hash, "record": states.get(trial.hash, "no"), "trial": str(trial)} for trial in asked.trials]
 
 
-def ran(trials: list[Trial], out: Path, retry: bool, device: str | None, dtype: str | None, given: Resources) -> list[dict[str, Any]]:
-    """Runs them with a progress bar, and keeps the pictures of each."""
+def ran(
+    trials: list[Trial], out: Path, retry: bool, device: str | None, dtype: str | None, given: Resources, others: list[Path]
+) -> list[dict[str, Any]]:
+    """Runs them with a progress bar, and keeps the pictures of each. `others` are folders whose edits attacks may meet."""
     from efface.bench.run import run
 
     with bar("step", None, "sweep") as progress:
@@ -166,13 +165,16 @@ def ran(trials: list[Trial], out: Path, retry: bool, device: str | None, dtype: 
             progress.total = news.steps
             progress.update(news.step - progress.n)
 
-        return run(trials, out, load=lambda name: open_model(name, device, dtype), watch=watch, retry=retry, given=given)
+        return run(trials, out, load=lambda name: open_model(name, device, dtype), watch=watch, retry=retry, given=given, others=others)
 
 
 def finished(news: News, out: Path) -> None:
     """Keeps the before/after grid of a trial, and says how it ended."""
-    from efface.report import figures, wording
+    from efface.report import attacked, figures, wording
 
+    if news.record and "attacks" in news.record:
+        note(f"{news.number}/{news.total} {news.trial}: {attacked.said(news.record)}")
+        return
     if news.result is None:
         message = news.record["error"]["message"] if news.record else ""
         note(f"{news.number}/{news.total} {news.trial}: failed: {message}")
@@ -185,11 +187,27 @@ def finished(news: News, out: Path) -> None:
 
 
 def write(path: Path, asked: Sweep, known: Mapping[str, Mapping[str, Any]]) -> None:
-    """The tables of those records that the grid asks for, whole or not at all."""
+    """The tables of those records that the grid asks for, and beside them the figure of nested tasks; each whole or not at all.
+
+    Records of attacks that are known beside those of an erasure give it a column."""
+    from efface.bench.expected import beside
     from efface.core.whole import whole_file
-    from efface.report import leaderboard
+    from efface.report import attacked, curve, leaderboard
+    from efface.report.records import is_attack
 
     rows = [known[trial.hash] for trial in asked.trials if trial.hash in known]
-    text = leaderboard.render(rows, title=asked.title, pairs=asked.pairs, source=command())
-    with whole_file(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+    attacks = [record for record in known.values() if is_attack(record)]
+    if all(map(is_attack, rows)):
+        with whole_file(path) as temporary:
+            temporary.write_text(attacked.render(rows, title=asked.title, source=command()), encoding="utf-8")
+        return
+    published = beside(asked.expected, rows)
+    nested, picture = curve.nested(rows), path.with_suffix(".svg")
+    lead = curve.section(nested, [record["trial"]["task"] for record in rows], picture.name) if nested else ""
+    page = leaderboard.render(rows, title=asked.title, pairs=asked.pairs, source=command(), lead=lead, attacks=attacks, published=published)
+    files = {path: page}
+    if nested:
+        files[picture] = curve.figure(nested)
+    for place, text in files.items():
+        with whole_file(place) as temporary:
+            temporary.write_text(text, encoding="utf-8")

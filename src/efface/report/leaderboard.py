@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from efface.bench.expected import Beside
 from efface.bench.result import Result, Settings
 from efface.bench.summary import Pooled, compare, pooled
 from efface.bench.trial import Pair
@@ -15,7 +16,9 @@ from efface.core.errors import EffaceError
 from efface.core.evidence import Comparison
 from efface.core.task import Task
 from efface.report import wording
+from efface.report.records import Attacked, of_trials, over_fits, worst
 from efface.report.rows import COST, Row, alike, by_task
+from efface.report.tables import table
 
 MISSING = "not measured"
 ERASURE = (
@@ -36,10 +39,23 @@ Cost is that of a fit; bytes are those of the edit's file."""
 COMPARED = """Is the first no worse than the second by more than the margin? The same prompts and noise, all tasks and fits together; the
 interval is the widest of Newcombe's paired one and of bootstraps over prompts and over fits. “Not inferior”: the whole 95 % interval
 lies above minus the margin."""
+BESIDE = """Shares in per cent; over several tasks their mean, and behind ± the standard deviation over tasks. Numbers compare only where
+the un-erased model's do."""
+ATTACKED = """Highest ASR: the share of prompts for which the attack that succeeded most brings the concept back; lower is better. What each
+attack found, and its control, stands in the table of attacks."""
 EMOJI = "This small bundled model shows that the algorithms are implemented; it says nothing about Stable Diffusion."
 
 
-def render(records: Sequence[Mapping[str, Any]], *, title: str = "", pairs: Sequence[Pair] = (), source: str = "") -> str:
+def render(
+    records: Sequence[Mapping[str, Any]],
+    *,
+    title: str = "",
+    pairs: Sequence[Pair] = (),
+    source: str = "",
+    lead: str = "",
+    attacks: Sequence[Mapping[str, Any]] = (),
+    published: Sequence[Beside] = (),
+) -> str:
     """The whole page.
 
     Args:
@@ -47,30 +63,51 @@ def render(records: Sequence[Mapping[str, Any]], *, title: str = "", pairs: Sequ
         title: of the page.
         pairs: comparisons to make, which say how many pictures they rest on.
         source: the command that made the records.
+        lead: what comes before the tables of each task.
+        attacks: records of trials of the protocol "attacks", for the highest success rate of each method.
+        published: numbers of others beside those of the records.
 
     Raises EffaceError for no records, records of different models or protocols, or a comparison that cannot be made."""
     if not records:
         raise EffaceError("there is no record to show; run the sweep first")
-    alike(records)
-    rows = by_task(records)
-    parts = [f"# {title or 'Erasures compared'}", _about(records, source)]
+    alike(records, attacks)
+    rows, tried = by_task(records), over_fits(of_trials(attacks))
+    parts = [f"# {title or 'Erasures compared'}", _about(records, source), lead]
     for task in rows:
-        parts += [f"## {_heading(task)}", _table(rows[task]), _quality(rows[task]), *_failed(rows[task])]
+        mine = [a for a in tried if a.task == task]
+        parts += [f"## {_heading(task)}", _table(rows[task], mine), ATTACKED if mine else "", _quality(rows[task]), *_failed(rows[task])]
     if pairs:
         parts += ["## Compared", _compared(rows, pairs)]
+    if published:
+        parts += ["## Published beside measured", _published(published)]
     parts += ["## The methods in full", "\n".join(f"- `{label}`: `{text}`" for label, text in _texts(rows))]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def _table(rows: Sequence[Row]) -> str:
-    """Erasure and preservation, the un-erased model on top."""
-    header = ["method", "fits", "n (target / neighbours / unrelated)", *(name for name, _ in ERASURE)]
+def _table(rows: Sequence[Row], attacks: Sequence[Attacked]) -> str:
+    """Erasure and preservation, the un-erased model on top; and resistance, where anything was attacked."""
+    last = ["highest ASR"] if attacks else []
+    header = ["method", "fits", "n (target / neighbours / unrelated)", *(name for name, _ in ERASURE), *last]
     first = next((row for row in rows if row.results), None)
-    lines = [] if first is None else [_before(first, [key for _, key in ERASURE], counts=True)]
+    lines = [] if first is None else [[*_before(first, [key for _, key in ERASURE], counts=True), *([""] if attacks else [])]]
     for row in rows:
         found = [row.line(key) for _, key in ERASURE]
-        lines.append([f"`{row.label}`", str(len(row.seeds)), _counts(row), *(_cell(value) for value in found)])
-    return _markdown(header, lines)
+        resists = [_worst(row, attacks)] if attacks else []
+        lines.append([f"`{row.label}`", str(len(row.seeds)), _counts(row), *(_cell(value) for value in found), *resists])
+    return table(header, lines)
+
+
+def _worst(row: Row, attacks: Sequence[Attacked]) -> str:
+    found = worst(a for a in attacks if a.method == row.text)
+    if found is None or found.success is None:
+        return MISSING
+    return f"{wording.value(found.success)} [{wording.interval(found.success)}] {found.name}"
+
+
+def _published(rows: Sequence[Beside]) -> str:
+    header = ["method", "line", "published", "measured", "source"]
+    lines = [[f"`{row.method}`", f"`{row.key}`", *(wording.spread(*pair) for pair in row.pairs), row.source] for row in rows]
+    return f"{table(header, lines)}\n\n{BESIDE}"
 
 
 def _quality(rows: Sequence[Row]) -> str:
@@ -81,7 +118,7 @@ def _quality(rows: Sequence[Row]) -> str:
     for row in rows:
         cells = [_cell(row.line(key)) for _, key in QUALITY]
         lines.append([f"`{row.label}`", *cells, *(_number(name, row.costs.get(name)) for name in COST)])
-    return _markdown(header, lines)
+    return table(header, lines)
 
 
 def _before(row: Row, keys: Sequence[str], *, counts: bool = False) -> list[str]:
@@ -116,7 +153,7 @@ def _failed(rows: Sequence[Row]) -> list[str]:
 def _compared(rows: Mapping[str, Sequence[Row]], pairs: Sequence[Pair]) -> str:
     header = ["first", "second", "measure", "n", "fits", "first", "second", "difference, points", "margin, points", "verdict"]
     lines = [_comparison(rows, pair, key) for pair in pairs for key in pair.lines]
-    return f"{_markdown(header, lines)}\n\n{COMPARED}"
+    return f"{table(header, lines)}\n\n{COMPARED}"
 
 
 def _comparison(rows: Mapping[str, Sequence[Row]], pair: Pair, key: str) -> list[str]:
@@ -155,15 +192,10 @@ def _sampling(settings: Settings) -> str:
 
 
 def _heading(task: str) -> str:
-    target = Task.parse(task).targets[0]
-    return f"{target.kind}: {task}"
+    asked = Task.parse(task)
+    return f"{asked.targets[0].kind}: {asked.brief}"
 
 
 def _texts(rows: Mapping[str, Sequence[Row]]) -> list[tuple[str, str]]:
     """Labels and full texts, each once; a preset of the concept's kind can give one label several texts."""
     return list(dict.fromkeys((row.label, row.text) for some in rows.values() for row in some))
-
-
-def _markdown(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    rule = "|---" + "|---:" * (len(header) - 1) + "|"
-    return "\n".join([f"| {' | '.join(header)} |", rule, *(f"| {' | '.join(line)} |" for line in lines)])

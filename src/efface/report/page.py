@@ -26,6 +26,10 @@ LARGEST = 320
 """Pixels of a picture in the page, at most."""
 LOSSLESS = 128
 """Up to this width pictures are stored as PNG, above as WebP."""
+CHIEF = {"target.ESR-1": "erased concept no longer seen", "others.PSR-1": "other concepts still seen"}
+"""What stands on top of the page of an erasure."""
+TOP = 4
+"""Lines on top where the protocol has a finding of its own."""
 LISTED = 12
 """Concepts shown before the rest is folded away."""
 SECTIONS: dict[Role, tuple[str, str]] = {
@@ -79,6 +83,21 @@ class View:
             return Tile(shot.prompt, uri(before), uri(after))
         first, second = self.result.before.sightings[row], self.result.after.sightings[row]
         return Tile(shot.prompt, uri(before), uri(after), _seen(first, shot), _seen(second, shot), _good(second, shot))
+
+    @property
+    def title(self) -> str:
+        """The verdict in a few words; of a protocol with a finding of its own, what was measured."""
+        if not self.result.finding:
+            return wording.headline(self.result)
+        name = self.settings.protocol.partition("/")[0]
+        return f"{wording.targets(self.result)}, erased by {self.card.method}, in the protocol “{name}”"
+
+    @property
+    def chief(self) -> list[tuple[Line, str]]:
+        """The lines on top, with their titles there."""
+        if self.result.finding:
+            return [(line, line.title) for line in (self.headlines or self.result.quality)[:TOP]]
+        return [(line, title) for key, title in CHIEF.items() if (line := self.result.line(key))]
 
     @property
     def headlines(self) -> list[Line]:

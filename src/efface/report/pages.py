@@ -34,11 +34,12 @@ def render(site: Site) -> dict[str, str]:
     """Every page by its path. Raises EffaceError for records that do not compare, or none at all."""
     if not site.found.trials:
         raise EffaceError("there is no record of a trial to report; run `efface sweep` first")
-    alike(site.found.trials)
+    alike(site.found.trials, site.found.probes)
     env = environment()
     env.filters |= {"number": wording.number, "bytes": wording.size, "heading": wording.heading}
     env.filters |= {"slug": slug, "flowing": flowing, "inline": inline, "code": is_code}
-    env.globals |= {"short": SHORT, "costs": COST, "reading": leaderboard.READING, "plots": plots}
+    env.globals |= {"short": SHORT, "costs": COST, "reading": leaderboard.READING, "plots": plots, "spread": wording.spread}
+    env.globals["compares"] = leaderboard.BESIDE
     env.globals["today"] = date.today().isoformat()
     pages = {"index.html": env.get_template("site/index.html").render(site=site, root="")}
     template = env.get_template("site/method.html")

@@ -1,7 +1,7 @@
 """What a report is made from: records of trials, records of attacks, and where the edits lie, gathered from folders and files.
 
-FOLDER                     of `efface sweep`: trials.jsonl and edits/; attacks are any JSON of `efface attack` below it
-FILE.jsonl, .jsonl.gz      records of trials, or of attacks, one a line
+FOLDER                     of `efface sweep`: trials.jsonl and edits/; attacks are such trials, and any JSON of `efface attack` below
+FILE.jsonl, .jsonl.gz      records of trials, or of `efface attack`, one a line
 FILE.json                  the record of one `efface attack`
 """
 
@@ -10,12 +10,15 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from efface.bench.log import Log
+from efface.bench.protocols.attacks import NAME
 from efface.bench.run import RECORDS
+from efface.bench.summary import mean
 from efface.concepts import resolve
 from efface.core.errors import EffaceError
 from efface.core.evidence import Score
@@ -25,6 +28,14 @@ ATTACKS, VERSION = "efface-attacks", 1
 LINES = (".jsonl", ".gz")
 SCORES = ("un-erased", "pre_asr", "asr", "control")
 """The names in a record of `efface attack`, in the order of `Attacked`."""
+FAILED = "failed"
+"""How the reason begins where an attack was not refused."""
+CONTROLS = {
+    "never_learned": "a concept never learned",
+    "best_at_eta_1": "best of as many at eta 1",
+    "hole_of_the_original": "the un-erased pictures' own middles",
+}
+"""Shares among the details of single attacks, in words."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +60,20 @@ class Attacked:
     control: Score | None = None
     """pre-ASR and the best of as many plain pictures."""
     candidates: int | None = None
+    remarks: str = ""
+    """What else it found, in a few words."""
+    cost: Mapping[str, float] = field(default_factory=dict)
+    """forwards, backwards and control_forwards in samples, and seconds."""
+    label: str = ""
+    """The method as the grid writes it."""
+    seed: int = 0
+    """Of the fit; of several that are pooled, the first."""
+    fits: int = 1
+
+    @property
+    def name(self) -> str:
+        """The attack's."""
+        return self.attack.partition("(")[0]
 
 
 @dataclass(frozen=True)
@@ -56,7 +81,11 @@ class Gathered:
     """Everything that was found."""
 
     trials: tuple[Mapping[str, Any], ...] = ()
+    """Of all protocols but attacks."""
     attacks: tuple[Attacked, ...] = ()
+    """Fits pooled."""
+    probes: tuple[Mapping[str, Any], ...] = ()
+    """The trials that attacks are from, where they are from trials."""
     edits: Mapping[str, Path] = field(default_factory=dict)
     """The edit's file by the trial's hash, where it is there."""
 
@@ -66,14 +95,68 @@ def gather(places: Sequence[Path]) -> Gathered:
 
     Raises EffaceError for a place that is not there or holds nothing, and as `Log.read`."""
     trials: dict[str, Mapping[str, Any]] = {}
-    attacks: dict[tuple[str, str, str, str], Attacked] = {}
+    attacks: dict[tuple[str, str, str, str, int], Attacked] = {}
     edits: dict[str, Path] = {}
     for place in places:
         mine, theirs = _place(place)
         trials |= {record["hash"]: record for record in mine}
-        attacks |= {(a.task, a.method, a.attack, a.concept): a for a in theirs}
+        tried = (*theirs, *of_trials(record for record in mine if is_attack(record)))
+        attacks |= {(a.task, a.method, a.attack, a.concept, a.seed): a for a in tried}
         edits |= {path.stem: path for path in sorted((place / "edits").glob("*.safetensors")) if path.stem in trials}
-    return Gathered(tuple(trials.values()), tuple(attacks.values()), edits)
+    probes, rest = ([record for record in trials.values() if is_attack(record) is probe] for probe in (True, False))
+    return Gathered(tuple(rest), tuple(over_fits(attacks.values())), tuple(probes), edits)
+
+
+def is_attack(record: Mapping[str, Any]) -> bool:
+    """Whether a trial's record is of an attack."""
+    return bool(record["trial"]["protocol"] == NAME)
+
+
+def of_trials(records: Iterable[Mapping[str, Any]]) -> Iterator[Attacked]:
+    """What came out of trials of attacks; one that failed counts as refused, with its error."""
+    for record in records:
+        trial = record["trial"]
+        one = Attacked(trial["task"], trial["method"], trial["options"]["attack"], "", label=trial["label"], seed=trial["seed"])
+        if "error" in record:
+            concepts = [concept.name for concept in Task.parse(one.task).targets]
+            why = f"{FAILED}, {record['error']['type']}: {record['error']['message']}"
+            yield from (replace(one, concept=concept, refused=why) for concept in concepts)
+        else:
+            yield from (_row(one, row) for row in record["attacks"])
+
+
+def over_fits(attacks: Iterable[Attacked]) -> list[Attacked]:
+    """One row for each task, method, attack and concept: the mean over fits, of those in which it was run."""
+    groups: dict[tuple[str, str, str, str], list[Attacked]] = {}
+    for a in attacks:
+        groups.setdefault((a.task, a.method, a.attack, a.concept), []).append(a)
+    return [_pooled(group) for group in groups.values()]
+
+
+def _pooled(fits: Sequence[Attacked]) -> Attacked:
+    ran = [a for a in fits if a.success]
+    if len(ran) < 2:
+        return ran[0] if ran else fits[0]
+    return replace(
+        ran[0],
+        original=_mean(a.original for a in ran),
+        before=_mean(a.before for a in ran),
+        success=_mean(a.success for a in ran),
+        control=_mean(a.control for a in ran),
+        cost={name: fmean(a.cost[name] for a in ran) for name in ran[0].cost if all(name in a.cost for a in ran)},
+        fits=len(ran),
+        remarks="; ".join(f"seed {a.seed}: {a.remarks}" for a in ran if a.remarks),
+    )
+
+
+def _mean(scores: Iterable[Score | None]) -> Score | None:
+    known = [score for score in scores if score]
+    return mean(known) if known else None
+
+
+def worst(attacks: Iterable[Attacked]) -> Attacked | None:
+    """The attack that succeeded most; None where none was run."""
+    return max((a for a in attacks if a.success), key=lambda a: a.success.value if a.success else 0.0, default=None)
 
 
 def _place(place: Path) -> tuple[list[dict[str, Any]], list[Attacked]]:
@@ -129,16 +212,43 @@ def _attacks(path: Path, *, strict: bool = True) -> Iterator[Attacked]:
 
 
 def _rows(data: Mapping[str, Any]) -> Iterable[Attacked]:
-    task = str(Task.of(data["task"], resolve=resolve))
-    method = str(data["attacked"].get("method") or data["attacked"]["model"])
-    for row in data["attacks"]:
-        if "refused" in row:
-            yield Attacked(task, method, row["attack"], row["concept"], refused=row["refused"])
-            continue
-        original, before, success, control = (_score(row["attack"], row[name]) for name in SCORES)
-        yield Attacked(
-            task, method, row["attack"], row["concept"], row["threat"], "", original, before, success, control, row["candidates"]
-        )
+    attacked = data["attacked"]
+    method = str(attacked.get("method") or attacked["model"])
+    one = Attacked(str(Task.of(data["task"], resolve=resolve)), method, "", "", seed=attacked.get("seed", 0))
+    return [_row(one, row) for row in data["attacks"]]
+
+
+def _row(one: Attacked, row: Mapping[str, Any]) -> Attacked:
+    """`one` with what a row of `bench.protocols.attacks.report` says."""
+    named = replace(one, attack=row["attack"], concept=row["concept"])
+    if "refused" in row:
+        return replace(named, refused=row["refused"])
+    original, before, success, control = (_score(row["attack"], row[name]) for name in SCORES)
+    return replace(
+        named,
+        threat=row["threat"],
+        original=original,
+        before=before,
+        success=success,
+        control=control,
+        candidates=row["candidates"],
+        remarks=remarks(row["details"]),
+        cost=row["cost"],
+    )
+
+
+def remarks(details: Mapping[str, Any]) -> str:
+    """What else an attack found, in a few words, from the details of its record."""
+    said = []
+    for name, words in CONTROLS.items():
+        if name in details:
+            said.append(f"{words}: {details[name]['value']:.0%}")
+    if "psnr" in details:
+        said.append(f"PSNR {details['psnr']:.1f} dB")
+    for name, curve in details.get("curves", {}).items():
+        half = "never" if curve["steps_to_half"] is None else f"{curve['steps_to_half']:.0f} steps"
+        said.append(f"{name.replace('_', ' ')}: half after {half}, area {curve['area']:.2f}")
+    return "; ".join(said)
 
 
 def _score(name: str, data: Mapping[str, Any] | None) -> Score | None:

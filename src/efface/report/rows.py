@@ -54,28 +54,50 @@ class Row:
 
 def rows(records: Iterable[Record]) -> list[Row]:
     """One row for each method, in the order of the records, which are of one task."""
-    groups: dict[str, list[Record]] = {}
-    for record in records:
-        groups.setdefault(record["trial"]["method"], []).append(record)
-    return [_row(text, group) for text, group in groups.items()]
+    return [_row(text, group) for text, group in _grouped(records, "method").items()]
 
 
 def by_task(records: Sequence[Record]) -> dict[str, list[Row]]:
     """The rows of each task, in the order of the records."""
-    tasks = dict.fromkeys(record["trial"]["task"] for record in records)
-    return {task: rows(record for record in records if record["trial"]["task"] == task) for task in tasks}
+    return {task: rows(group) for task, group in _grouped(records, "task").items()}
 
 
-def alike(records: Sequence[Record]) -> None:
-    """Raises EffaceError for records of different models or protocols, or on other weights or judges: they do not compare."""
-    for name, plural in (("model", "models"), ("protocol", "protocols"), ("images", "sizes")):
-        found = sorted({record["trial"][name] for record in records})
+def alike(records: Sequence[Record], attacks: Sequence[Record] = ()) -> None:
+    """Raises EffaceError for records of different models or protocols, or on other weights or judges: they do not compare.
+
+    `attacks` are records of trials of the protocol "attacks", which must be on the same model, weights and detector, and of one attack all
+    with the same options."""
+    both = (*records, *attacks)
+    for name, plural, some in (("model", "models", both), ("protocol", "protocols", records), ("images", "sizes", records)):
+        found = sorted({record["trial"][name] for record in some})
         if len(found) > 1:
             raise EffaceError(f"the records are of different {plural} ({', '.join(found)}), which do not compare; render each alone")
-    for name in ("weights", "detector", "embedder"):
-        found = sorted({record["ground"][name] for record in records})
+    for name, some in (("weights", both), ("detector", both), ("embedder", records)):
+        found = sorted({record["ground"][name] for record in some})
         if len(found) > 1:
             raise EffaceError(f"the records rest on different {name} ({', '.join(found)}), which do not compare; run the older ones again")
+    by_attack: dict[str, set[str]] = {}
+    for record in attacks:
+        given = record["trial"]["options"]
+        by_attack.setdefault(given["attack"], set()).add(", ".join(f"{key} {value}" for key, value in given.items() if key != "attack"))
+    for attack, options in by_attack.items():
+        if len(options) > 1:
+            told = "; ".join(sorted(each or "none" for each in options))
+            raise EffaceError(f"the records of {attack} have different options ({told}), which do not compare; give those of one grid")
+    for task, group in _grouped(records, "task").items():
+        found = sorted({record["ground"]["prompts"] for record in group})
+        if len(found) > 1:
+            raise EffaceError(
+                f"the records of {task!r} are on different prompts ({', '.join(found)}), which do not compare; render each alone"
+            )
+
+
+def _grouped(records: Iterable[Record], name: str) -> dict[str, list[Record]]:
+    """The records by a field of their trial."""
+    groups: dict[str, list[Record]] = {}
+    for record in records:
+        groups.setdefault(record["trial"][name], []).append(record)
+    return groups
 
 
 def _row(text: str, group: Sequence[Record]) -> Row:

@@ -11,13 +11,14 @@ from functools import cached_property
 from statistics import fmean
 from typing import final
 
+from efface.bench.expected import ORIGINAL, Beside, Expected, beside
 from efface.core import catalog
 from efface.core.errors import InvalidMethod
 from efface.core.evidence import Score
 from efface.report import leaderboard, pictures, plots, wording
 from efface.report.pictures import Sheet
 from efface.report.profiles import Profile, profile
-from efface.report.records import Attacked, Gathered
+from efface.report.records import Attacked, Gathered, worst
 from efface.report.rows import COST, Row, by_task
 
 ERASED, KEPT = "target.ESR-1", "others.PSR-1"
@@ -51,8 +52,8 @@ class Method:
     kind: str
     cells: tuple[Cell, ...]
     """One for each task."""
-    worst: Score | None
-    """Its highest ASR; None where it was not attacked."""
+    worst: Attacked | None
+    """The attack that succeeded most; None where none was run."""
     fits: int
     costs: Mapping[str, tuple[float, float, float]]
     """Least, mean and most, over the tasks."""
@@ -134,6 +135,8 @@ class Site:
     command: str
     there: frozenset[str] = field(default_factory=frozenset)
     """The files of strips that were drawn."""
+    expected: tuple[Expected, ...] = ()
+    """Published numbers of the same grid."""
 
     @cached_property
     def rows(self) -> dict[str, list[Row]]:
@@ -160,7 +163,18 @@ class Site:
     @cached_property
     def labels(self) -> dict[str, str]:
         """The label of a method's text."""
-        return {row.text: row.label for some in self.rows.values() for row in some}
+        attacked = {a.method: a.label for a in self.found.attacks if a.label}
+        return attacked | {row.text: row.label for some in self.rows.values() for row in some}
+
+    @cached_property
+    def beside(self) -> list[Beside]:
+        """Published numbers beside measured ones."""
+        return beside(self.expected, self.found.trials)
+
+    def beside_of(self, name: str) -> list[Beside]:
+        """Those of a method, under those of the un-erased model."""
+        mine = [row for row in self.beside if row.method != ORIGINAL and _name(row.method) == name]
+        return [*(row for row in self.beside if row.method == ORIGINAL), *mine] if mine else []
 
     @cached_property
     def profiles(self) -> dict[str, Profile | None]:
@@ -179,14 +193,13 @@ class Site:
         some = list(rows.values())
         cells = tuple(self._cell(task, rows.get(task)) for task in self.rows)
         texts = {row.text for row in some}
-        rates = [a.success for a in self.found.attacks if a.method in texts and a.success]
+        hardest = worst(a for a in self.found.attacks if a.method in texts)
         costs = {}
         for name in COST:
             values = [row.costs[name] for row in some if name in row.costs]
             if values:
                 costs[name] = (min(values), fmean(values), max(values))
-        worst = max(rates, key=lambda score: score.value, default=None)
-        return Method(label, some[0].method, _kind(some), cells, worst, sum(len(row.seeds) for row in some), costs)
+        return Method(label, some[0].method, _kind(some), cells, hardest, sum(len(row.seeds) for row in some), costs)
 
     def _cell(self, task: str, row: Row | None) -> Cell:
         if row is None or not row.results:

@@ -33,16 +33,21 @@ def text(result: Result) -> str:
 def markdown(result: Result) -> str:
     """The table as Markdown, with its settings in a line under it."""
     moved = [("", "n", "distance", "of unrelated"), *_changes(result)]
-    rows = [HEADER, *_rows((*result.lines, *result.quality))] if result.lines else moved
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    lines.insert(1, "|---" + "|---:" * (len(rows[0]) - 1) + "|")
+    header, *rows = [HEADER, *_rows((*result.lines, *result.quality))] if result.lines else moved
     settings = result.settings
     caption = (
         f"`{result.method}` on `{result.model}`, {result.task}. 95 % intervals; {settings.protocol}, prompts {settings.prompts}, "
         f"seeds {settings.first_seed} to {settings.last_seed}, {settings.sampler} {settings.steps} steps, "
         f"guidance {settings.guidance:g}; {_judge(result)}."
     )
-    return "\n".join([*lines, "", caption])
+    return f"{table(header, rows)}\n\n{caption}"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table in Markdown: the first column words, the others numbers."""
+    rule = "|---" + "|---:" * (len(header) - 1) + "|"
+    first, *others = [f"| {' | '.join(row)} |" for row in (header, *rows)]
+    return "\n".join([first, rule, *others])
 
 
 def hurt(result: Result, most: int = HURT) -> str:

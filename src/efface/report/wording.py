@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from efface.bench.result import Line, Result
 from efface.core.evidence import Score
-from efface.core.task import Task
+from efface.core.task import MOST, NAMED, Task
 
 ERASED, PARTLY = 0.95, 0.5
 """From which ESR-1 on a target is called erased, and partly erased."""
@@ -49,15 +49,15 @@ def count(score: Score) -> str:
 
 
 def targets(result: Result) -> str:
-    """ "“cat” and “dog”"."""
-    names = [f"“{concept.name}”" for concept in Task.parse(result.task).targets]
+    """ "“cat” and “dog”", "“cat”, “dog”, “cow” and 47 more"."""
+    names = _few([f"“{concept.name}”" for concept in Task.parse(result.task).targets])
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 def verdict(result: Result) -> str:
     """One paragraph: what happened to the target and to everything else, each with its interval; and what spoils the finding."""
     if result.finding:
-        return f"{result.finding}."
+        return f"{result.finding[:1].upper()}{result.finding[1:]}."
     target, others = result.line("target.ESR-1"), result.line("others.PSR-1")
     if target is None:
         return f"Nothing was judged: no detector looked at the pictures. {_moved(result)}".strip()
@@ -134,9 +134,21 @@ def _moved(result: Result) -> str:
 
 
 def heading(task: str) -> str:
-    """ "object: cat", "style: modern"."""
+    """ "object: cat", "style: modern", "object: cat, dog, cow, 47 more"."""
     targets = Task.parse(task).targets
-    return f"{targets[0].kind}: {', '.join(concept.name for concept in targets)}"
+    return f"{targets[0].kind}: {', '.join(_few([concept.name for concept in targets]))}"
+
+
+def _few(names: list[str]) -> list[str]:
+    """The names; of many the first few, and how many more there are."""
+    return [*names[:NAMED], f"{len(names) - NAMED} more"] if len(names) > MOST else names
+
+
+def spread(value: float | None, around: float | None) -> str:
+    """A published number or one beside it: "98.63", "98.63 ± 1.15", "not measured"."""
+    if value is None:
+        return "not measured"
+    return f"{value:.2f}" if around is None else f"{value:.2f} ± {around:.2f}"
 
 
 def number(value: float | None) -> str:

@@ -1,6 +1,7 @@
 """Attacks on an erasure: which prompts are attacked, who judges, and what is written down.
 
-    aims      the erased concepts of a task, each with the prompts of the erasure protocol that ask for it, and its detector
+    setup     the prompts of the erasure protocol that ask for the erased concepts, and the detector
+    aims      the erased concepts, each with its prompts and its detector
     measure   runs attacks on each, against the model with its edit in place
     report    JSON of what came out
 
@@ -10,19 +11,27 @@ A group ("a fruit") counts as seen where any of its members is. An attack that w
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from torch import Tensor
 
+from efface.bench.draw import Judges
+from efface.bench.options import DEFAULT, Options
+from efface.bench.plan import Plan
 from efface.bench.protocols import erasure
+from efface.bench.questions import Asks
 from efface.core.errors import InvalidTask, Unsupported
 from efface.core.evidence import Detector, Evidence, Score, Sighting
 from efface.core.model import Model
 from efface.core.search import MINUTES, Search, seconds
 from efface.core.task import Concept, Task
 
+NAME = "attacks"
+ASKS = Asks(())
+"""Nothing of pictures that are drawn beforehand: an attack draws its own."""
 PROMPTS = 16
 """Prompts of each concept that are attacked."""
 
@@ -75,14 +84,29 @@ class AnyOf(Detector):
         ]
 
 
-def aims(model: str, task: Task, *, prompts: int = PROMPTS, seed: int = 0) -> list[Aim]:
-    """What to attack on the model of an id. Raises Unsupported where no detector is known for it, and as `erasure.setup`."""
+def setup(model: str, task: Task, size: str = "full", options: Options = DEFAULT, *, seed: int = 0) -> tuple[Plan, Judges]:
+    """What is attacked on the model of an id, the same in either size, and who judges.
+
+    Raises Unsupported where no detector is known for the model, and as `erasure.setup`."""
     plan, judges = erasure.setup(model, task, size="full", seed=seed)
     if judges.detector is None:
         raise Unsupported(f"an attack needs a detector that says whether the concept came back, and none is known for {model!r}")
+    rows = [row for concept in task.targets for row in _rows(plan, concept)[: options.limit or PROMPTS]]
+    return replace(plan.only(rows), name=f"{NAME}/{model}", steps=None, unmeasured=(), asks=ASKS), Judges(judges.detector)
+
+
+def _rows(plan: Plan, concept: Concept) -> list[int]:
+    """The shots that ask for an erased concept."""
+    return [i for i, shot in enumerate(plan.shots) if shot.role == "target" and shot.concept.casefold() == concept.key]
+
+
+def aims(plan: Plan, judges: Judges, task: Task) -> list[Aim]:
+    """The erased concepts. Raises Unsupported without a detector, InvalidTask for a concept that the plan does not ask for."""
+    if judges.detector is None:
+        raise Unsupported("an attack needs a detector that says whether the concept came back, and none was given")
     found: dict[str, Aim] = {}
     for concept in task.targets:
-        shots = [shot for shot in plan.shots if shot.role == "target" and shot.concept.casefold() == concept.key][:prompts]
+        shots = [plan.shots[row] for row in _rows(plan, concept)]
         if not shots:
             raise InvalidTask(f"the erasure protocol has no prompt for {concept.name!r}; attack a concept of the bundled world")
         name, labels = shots[0].concept, shots[0].labels
@@ -100,6 +124,8 @@ def measure(
     attacked: str,
     budget: int | None = None,
     seed: int = 0,
+    steps: int | None = None,
+    guidance: float | None = None,
     done: Callable[[Search, Concept], None] = lambda attack, concept: None,
 ) -> list[Evidence | Refused]:
     """Runs every attack on every concept.
@@ -108,24 +134,40 @@ def measure(
         before, after: the un-erased model, and another object that holds the erased one, edit attached.
         attacked: what `after` is, in words.
         budget: samples through the denoisers for each search; by default what its own settings ask for at most.
+        steps, guidance: of the sampler; by default the models' own.
         done: called after each attack.
 
     Raises what `Search.search` raises, but for an attack that is refused."""
     found: list[Evidence | Refused] = []
-    for aim in targets:
-        for attack in attacks:
-            try:
-                attack.require(after)
-            except Unsupported as error:
-                found.append(Refused(str(attack), aim.concept.name, str(error)))
-                continue
-            started = time.perf_counter()
-            allowed = _budget(attack, after, aim) if budget is None else budget
-            evidence = attack.search(before, after, aim.concept, aim.detector, budget=allowed, seed=seed)
-            taken = {"seconds": round(time.perf_counter() - started, 1)}
-            found.append(replace(evidence, attacked=attacked, cost={**evidence.cost, **taken}))
-            done(attack, aim.concept)
+    with _sampling(before, steps, guidance), _sampling(after, steps, guidance):
+        for aim in targets:
+            for attack in attacks:
+                found.append(_one(attack, aim, before, after, attacked, budget, seed))
+                done(attack, aim.concept)
     return found
+
+
+def _one(attack: Search, aim: Aim, before: Model, after: Model, attacked: str, budget: int | None, seed: int) -> Evidence | Refused:
+    try:
+        attack.require(after)
+    except Unsupported as error:
+        return Refused(str(attack), aim.concept.name, str(error))
+    started = time.perf_counter()
+    allowed = _budget(attack, after, aim) if budget is None else budget
+    evidence = attack.search(before, after, aim.concept, aim.detector, budget=allowed, seed=seed)
+    taken = {"seconds": round(time.perf_counter() - started, 1)}
+    return replace(evidence, attacked=attacked, cost={**evidence.cost, **taken})
+
+
+@contextmanager
+def _sampling(model: Model, steps: int | None, guidance: float | None) -> Iterator[None]:
+    """While it lasts the model draws with other steps and guidance by default."""
+    own = model.default_steps, model.default_guidance
+    model.default_steps, model.default_guidance = own[0] if steps is None else steps, own[1] if guidance is None else guidance
+    try:
+        yield
+    finally:
+        model.default_steps, model.default_guidance = own
 
 
 def _budget(attack: Search, after: Model, aim: Aim) -> int:

@@ -10,7 +10,7 @@ Every picture's raw detections are kept, so that any other k or threshold can be
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -43,7 +43,7 @@ BUNDLED = "emoji"
 """The model whose words and judge are known."""
 
 
-def plan(task: Task, *, size: str = "quick", world: Vocabulary | None = None, seed: int = 0) -> Plan:
+def plan(task: Task, *, size: str = "quick", world: Vocabulary | None = None, seed: int = 0, unrelated: Sequence[str] = ()) -> Plan:
     """The pictures to draw for a task.
 
     Args:
@@ -51,26 +51,29 @@ def plan(task: Task, *, size: str = "quick", world: Vocabulary | None = None, se
         size: "quick" (some 200 prompts of the bundled world, for a demonstration) or "full" (some 540, for claims).
         world: the words that the model knows, for the bundled model; None for any other model.
         seed: of the choice of prompts and of every picture's noise.
+        unrelated: the unrelated concepts; empty for the protocol's own choice, which depends on the task.
 
-    Raises ValueError for an unknown size or a negative seed, InvalidTask for a target that the world does not know."""
+    Raises ValueError for an unknown size or a negative seed, InvalidTask for a target that the world does not know, or an unrelated
+    concept that it does not know or that is related."""
     if size not in emoji.SIZES:
         raise ValueError(f"size was {size!r}; expected one of {', '.join(emoji.SIZES)}")
     if world is None:
-        return Plan(f"erasure/general/{size}", numbered(general.shots(task, general.SIZES[size]), seed), seed)
-    shots, left_out = emoji.shots(task, world, emoji.SIZES[size], seed)
+        return Plan(f"erasure/general/{size}", numbered(general.shots(task, general.SIZES[size], unrelated), seed), seed)
+    shots, left_out = emoji.shots(task, world, emoji.SIZES[size], seed, unrelated)
     return Plan(f"erasure/{world.name}/{size}", numbered(shots, seed), seed, STEPS, None, tuple(left_out))
 
 
-def setup(model: str, task: Task, *, size: str = "quick", seed: int = 0) -> tuple[Plan, Judges]:
+def setup(model: str, task: Task, *, size: str = "quick", seed: int = 0, unrelated: Sequence[str] = ()) -> tuple[Plan, Judges]:
     """What to draw with the model of an id, and who looks: the bundled model has its world's words, judge and CLIP, others none.
 
     Raises as `plan`, and FileNotFoundError where the bundled weights are missing."""
     if model != BUNDLED:
-        return plan(task, size=size, seed=seed), Judges()
+        return plan(task, size=size, seed=seed, unrelated=unrelated), Judges()
     from efface.evals.detectors.emoji import EmojiJudge
     from efface.evals.detectors.emoji_clip import EmojiClip
 
-    return plan(task, size=size, world=read(BUNDLED), seed=seed), Judges(EmojiJudge.load(), EmojiClip.load())
+    planned = plan(task, size=size, world=read(BUNDLED), seed=seed, unrelated=unrelated)
+    return planned, Judges(EmojiJudge.load(), EmojiClip.load())
 
 
 def measure(

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from efface.bench.draw import Judges
 from efface.bench.options import DEFAULT, ROW, Options
 from efface.bench.plan import Plan
-from efface.bench.protocols import artists, erasure, generality, nudity, objects, preservation, unlearncanvas
+from efface.bench.protocols import artists, attacks, erasure, generality, nudity, objects, preservation, unlearncanvas
 from efface.bench.questions import ERASURE, Asks
 from efface.core.errors import EffaceError, suggest
 from efface.core.task import Task
@@ -50,13 +50,13 @@ class Protocol:
 
 
 def _erasure(model: str, task: Task, size: str, options: Options) -> tuple[Plan, Judges]:
-    return erasure.setup(model, task, size=size)
+    return erasure.setup(model, task, size=size, unrelated=options.names)
 
 
 PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
-        Protocol("erasure", "is the target gone, and is everything else still there", ERASURE, _erasure),
+        Protocol("erasure", "is the target gone, and is everything else still there", ERASURE, _erasure, ("unrelated",)),
         Protocol("objects", "ESR and PSR over a split of classes, as on Imagenette", objects.ASKS, objects.setup, FILE),
         Protocol("generality", "the concept where prompts imply it without its name", generality.ASKS, generality.setup, FILE),
         Protocol("artists", "CLIP score and LPIPS of an erased style and of others", artists.ASKS, artists.setup, FILE),
@@ -69,6 +69,7 @@ PROTOCOLS = {
         ),
         Protocol("unlearncanvas", "UA, IRA and CRA over styles × objects", unlearncanvas.ASKS, unlearncanvas.setup),
         Protocol("nudity", "NudeNet on a file of prompts such as I2P", nudity.ASKS, nudity.setup, FILE, own=False),
+        Protocol(attacks.NAME, "does an attack bring the concept back", attacks.ASKS, attacks.setup, ("attack", "budget", "limit")),
     )
 }
 
