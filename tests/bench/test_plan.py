@@ -203,3 +203,10 @@ def test_shares_are_even() -> None:
             found = shares(total, parts)
             assert sum(found) == total
             assert max(found) - min(found) <= 1
+
+
+def test_a_picture_that_is_asked_two_questions_is_shown_once() -> None:
+    twice = [Shot("a feline", 7, "target", "cat", ("cat",), "object"), Shot("a feline", 7, "neighbour", "feline", ("lion",), "object")]
+    other = Shot("a feline", 8, "neighbour", "feline", ("lion",), "object")
+    assert Plan("p", tuple(twice)).shown() == (0,)
+    assert Plan("p", (*twice, other)).shown() == (0, 2)

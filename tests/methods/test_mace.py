@@ -18,7 +18,7 @@ from efface.ops.lowrank import Adapter
 from efface.ops.ridge import Cholesky, RightFactor, Statistics, ridge
 
 TASK = Task.of("cat -> dog", ["lion"])
-QUICK = {"steps": 2, "images": 2, "sentences": 4, "regulariser": 0.1}
+QUICK = {"steps": 2, "images": 2, "sentences": 4, "regulariser": 0.1, "general": 0}
 
 
 @pytest.fixture
@@ -84,6 +84,20 @@ def test_captions_are_kept(model):
         return sum((rows @ d.T).norm() for d in fitted(model, resources=resources, steps=0, keep_weight=10.0).deltas.values())
 
     assert moved(Resources(assets={"captions": captions})) < 0.5 * moved(Resources())
+
+
+def test_without_captions_words_are_kept_and_the_target_is_not(model):
+    with fitting(MACE.build(general=30), model, TASK, 0, Resources(exclude=("lion",))) as fit:
+        said, fewer = fit.method.captions(fit), MACE.build(general=7).captions(fit)
+        fit.figures.clear()
+    words = [caption.removeprefix("a picture of ") for caption in said]
+    assert 15 < len(words) <= 30 and 4 <= len(fewer) <= 7 and not {"cat", "lion"} & set(words) and set(words) <= set(model.words())
+    rows = torch.cat(list(read(model, said)[0].tokens.values())).detach()
+
+    def moved(**fields):
+        return sum((rows @ d.T).norm() for d in fitted(model, steps=0, keep_weight=10.0, **fields).deltas.values())
+
+    assert moved(general=30) < 0.5 * moved()
 
 
 def test_an_unregularised_system_is_refused_until_captions_span_the_space(model):

@@ -60,9 +60,13 @@ class Plan:
         return tuple(role for role in ROLES if any(shot.role == role for shot in self.shots))
 
     def shown(self, each: int = 8) -> tuple[int, ...]:
-        """The shots whose pictures are kept for people to look at: the first `each` of every role."""
+        """The shots whose pictures are kept for people to look at: the first `each` of every role, and no picture twice, since several
+        questions may be asked of one."""
         rows = {role: [i for i, shot in enumerate(self.shots) if shot.role == role] for role in self.roles}
-        return tuple(i for indices in rows.values() for i in indices[:each])
+        first: dict[tuple[str, int], int] = {}
+        for i in (i for indices in rows.values() for i in indices[:each]):
+            first.setdefault((self.shots[i].prompt, self.shots[i].seed), i)
+        return tuple(first.values())
 
 
 def numbered(shots: Sequence[Shot], seed: int) -> tuple[Shot, ...]:

@@ -30,6 +30,11 @@ def draw(model: Model, prompts: Sequence[str], generator: torch.Generator) -> Te
     return model.sample(prompts, seeds=seeds, batch=BATCH)
 
 
+def given_or_drawn(model: Model, given: Tensor | None, prompts: Sequence[str], generator: torch.Generator) -> Tensor:
+    """The user's pictures at the model's size, or, where there are none, one that the model draws for each prompt; (b 3 H W)."""
+    return draw(model, prompts, generator) if given is None else fitted(given, *size(model))
+
+
 def drawing(model: Model, count: int) -> int:
     """How many samples go through the denoiser to draw `count` pictures (for a sampler that calls it once a step, as DDIM does)."""
     return count * model.default_steps * (2 if model.default_guidance > 1 else 1)

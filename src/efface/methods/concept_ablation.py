@@ -157,7 +157,7 @@ class ConceptAblation(Method):
         given = fit.resources.images.get(swap.anchor.name) if swap.anchor.name else None
         chosen = list(islice(cycle(pairs), self.images if given is None else len(given)))
         anchors = tuple(anchor for anchor, _ in chosen)
-        images = pictures.draw(fit.model, anchors, fit.generator) if given is None else pictures.fitted(given, *pictures.size(fit.model))
+        images = pictures.given_or_drawn(fit.model, given, anchors, fit.generator)
         return Album(images, pictures.latents(fit.model, images), anchors, tuple(targets for _, targets in chosen))
 
     def wording_of(self, swap: Swap) -> str:

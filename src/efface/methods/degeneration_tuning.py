@@ -158,7 +158,7 @@ class DegenerationTuning(Method):
     def album(self, fit: Fit, captions: list[str], given: Tensor | None = None) -> Album:
         """Pictures with their captions, encoded."""
         model = fit.model
-        images = pictures.draw(model, captions, fit.generator) if given is None else pictures.fitted(given, *pictures.size(model))
+        images = pictures.given_or_drawn(model, given, captions, fit.generator)
         unique = list(dict.fromkeys(captions))
         with torch.no_grad():
             cond = Cond.cat([model.encode(unique[i : i + 32]) for i in range(0, len(unique), 32)])

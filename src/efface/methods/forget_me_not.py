@@ -158,9 +158,7 @@ class ForgetMeNot(Method):
         if self.images == 0:
             return torch.zeros(2, 1, *model.latent_shape, device=model.device)
         given = fit.resources.images.get(concept.name)
-        images = (
-            pictures.draw(model, [prompt] * self.images, fit.generator) if given is None else pictures.fitted(given, *pictures.size(model))
-        )
+        images = pictures.given_or_drawn(model, given, [prompt] * self.images, fit.generator)
         return torch.stack([pictures.latents(model, side) for side in (images, images.flip(-1))])
 
     def invert(self, fit: Fit, subject: Subject, optimiser: torch.optim.Optimizer) -> float:

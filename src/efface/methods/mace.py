@@ -13,8 +13,9 @@
        W* = argmin_V  Σ_i Σ ‖V e − (W' + U_i D_i) e‖² + λ₂ Σ_p ‖V p − W p‖² + μ ‖V − W'‖²_F
 
 λ₁ = `keep_weight`, λ₂ = `fuse_keep_weight`, μ = `regulariser`. p are all rows of `Resources.assets["captions"]` (a list of any general
-captions; the authors' is COCO), and w = `domain_weight` times those of sentences about the concepts to keep. `steps=0` is the refinement
-alone: no picture, no denoiser call, one matrix for all maps (`form="patch"`).
+captions; the authors' is COCO), and w = `domain_weight` times those of sentences about the concepts to keep. Without captions, "a picture
+of WORD" takes their place for `general` of the candidate words (`core.words.vocabulary`: name the target's synonyms in `exclude`).
+`steps=0` is the refinement alone: no picture, no denoiser call, one matrix for all maps (`form="patch"`).
 
 Trained: `attn2.to_k.weight` and `attn2.to_v.weight`; in between, factors of rank 1 beside them. A step costs 1 forward and 1 backward;
 before, each text to erase is drawn `images` times by the original network, and each picture is looked at once for its mask.
@@ -48,6 +49,7 @@ from efface.core.method import Method, Needs, Paper, Resources
 from efface.core.model import Cond, Model
 from efface.core.task import Concept, Task
 from efface.core.textmaps import Form, Texts, advising, batches, expanded, kept_as, read
+from efface.core.words import vocabulary
 from efface.ops.descend import descend
 from efface.ops.focus import SENTENCES, focal_weights, hot, marked_attention, sentences
 from efface.ops.lowrank import Adapter, fresh
@@ -56,7 +58,7 @@ from efface.ops.ridge import Cholesky, RightFactor, Solution, Statistics, self_p
 from efface.ops.rows import aligned, find
 
 Names = tuple[str, ...]
-AUTHORS = {"keep_weight": 1e-4, "fuse_keep_weight": 1e-4, "keep_squared": True, "null_weight": 0.0, "regulariser": 0.0}
+AUTHORS = {"keep_weight": 1e-4, "fuse_keep_weight": 1e-4, "keep_squared": True, "null_weight": 0.0, "regulariser": 0.0, "general": 0}
 EXPLICIT = {"keep_weight": 7e-7, "fuse_keep_weight": 7e-7}
 MASK_TIME = 0.3
 """When pictures are looked at for their masks, as a share of all times."""
@@ -132,6 +134,8 @@ class MACE(Method):
     """Pictures that the model draws of each text to erase, where the user gives none."""
     sentences: int = 30
     """Sentences about each text, at most 30; those that do not fit into the text encoder are left out."""
+    general: int = 500
+    """Captions about candidate words that are kept where the user gives no captions; evenly from all, 0 for none."""
     keep_weight: float = 0.1
     """Weight of what is kept, in the refinement (λ₁)."""
     keep_squared: bool = False
@@ -160,7 +164,7 @@ class MACE(Method):
     """How the edit is kept; "patch", one matrix for all maps, is for `steps=0`."""
 
     def __post_init__(self) -> None:
-        least = {"steps": 0, "rank": 1, "images": 1, "sentences": 1}
+        least = {"steps": 0, "rank": 1, "images": 1, "sentences": 1, "general": 0}
         weights = ("keep_weight", "fuse_keep_weight", "domain_weight", "null_weight", "regulariser", "weight_decay")
         choices = {"masks": ("attention", "none"), "loss": ("norm", "squared"), "form": get_args(Form)}
         self.check_fields(at_least=least, above_zero=("lr", "clip"), from_zero=weights, one_of=choices)
@@ -169,7 +173,7 @@ class MACE(Method):
 
     def fit(self, model: Model, task: Task, *, seed: int = 0, resources: Resources = Resources()) -> WeightEdit:
         with fitting(self, model, task, seed, resources, lr=self.lr) as fit, advising(self._advice):
-            sources = self.summed(model, task, resources.assets.get("captions", ()))
+            sources = self.summed(model, task, resources.assets.get("captions") or self.captions(fit))
             refined = {names: source.shared.solve(self.regulariser) for names, source in sources.items()}
             info: dict[str, Any] = {"condition_refine": [solution.condition for solution in refined.values()]}
             if self.steps == 0:
@@ -189,6 +193,11 @@ class MACE(Method):
     def about(self, concept: Concept, text: str) -> list[str]:
         """The sentences about a concept that is called `text`."""
         return sentences(text, self.sentences, style=concept.kind == "style")
+
+    def captions(self, fit: Fit) -> list[str]:
+        """What is kept where the user gives no captions."""
+        words = vocabulary(fit.model, fit.task, fit.resources, letters_only=True) if self.general else []
+        return [f"a picture of {word}" for word in words[:: max(1, -(-len(words) // max(1, self.general)))]]
 
     # -- closed form -----------------------------------------------------------------------------------------------------
     @torch.no_grad()
@@ -254,11 +263,8 @@ class MACE(Method):
 
     def pictures(self, fit: Fit, concept: Concept, text: str) -> Tensor:
         """The user's (n 3 H W), or the original model's own."""
-        given = fit.resources.images.get(concept.name)
-        if given is not None:
-            return pictures.fitted(given, *pictures.size(fit.model))
         prompt = f"a photo in the style of {text}" if concept.kind == "style" else f"a photo of the {text}"
-        return pictures.draw(fit.model, [prompt] * self.images, fit.generator)
+        return pictures.given_or_drawn(fit.model, fit.resources.images.get(concept.name), [prompt] * self.images, fit.generator)
 
     def marked(self, cond: Cond) -> tuple[list[int], Tensor]:
         """Which sentences hold the text, which is the first row of `cond`; and S of each of them (s l)."""
