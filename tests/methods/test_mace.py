@@ -18,7 +18,7 @@ from efface.ops.lowrank import Adapter
 from efface.ops.ridge import Cholesky, RightFactor, Statistics, ridge
 
 TASK = Task.of("cat -> dog", ["lion"])
-QUICK = {"steps": 2, "images": 2, "sentences": 4, "regulariser": 0.1, "general": 0}
+QUICK = {"steps": 2, "images": 2, "sentences": 4, "regulariser": 0.1, "general": 0, "keep_weight": 0.1, "fuse_keep_weight": 0.1}
 
 
 @pytest.fixture

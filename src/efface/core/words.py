@@ -1,4 +1,4 @@
-"""Candidate words for the methods that play against words: which ones a target may meet (AP, AGE)."""
+"""Words that a model knows: which ones a target may meet (AP, AGE), and which stand for everything that is to stay (closed forms)."""
 
 from __future__ import annotations
 
@@ -26,6 +26,13 @@ def vocabulary(
     words = [word.removesuffix("</w>") for word in resources.vocabulary or model.words()]
     plain = [word for word in dict.fromkeys(words) if word.casefold() not in excluded]
     return [word for word in plain if word.isascii() and word.isalpha()] if letters_only else plain
+
+
+def general(model: Model, task: Task, resources: Resources, count: int) -> list[str]:
+    """At most `count` of the words, evenly from all of them: what a closed form keeps where nobody says what. Synonyms of the target are
+    kept as well unless `resources.exclude` names them."""
+    words = vocabulary(model, task, resources, letters_only=True) if count else []
+    return words[:: max(1, -(-len(words) // max(1, count)))]
 
 
 def candidates(model: Model, task: Task, words: Sequence[str], *, count: int, centers: int) -> dict[str, list[str]]:

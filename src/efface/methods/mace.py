@@ -14,7 +14,7 @@
 
 λ₁ = `keep_weight`, λ₂ = `fuse_keep_weight`, μ = `regulariser`. p are all rows of `Resources.assets["captions"]` (a list of any general
 captions; the authors' is COCO), and w = `domain_weight` times those of sentences about the concepts to keep. Without captions, "a picture
-of WORD" takes their place for `general` of the candidate words (`core.words.vocabulary`: name the target's synonyms in `exclude`).
+of WORD" takes their place for `general` of the model's words (`core.words.general`: name the target's synonyms in `exclude`).
 `steps=0` is the refinement alone: no picture, no denoiser call, one matrix for all maps (`form="patch"`).
 
 Trained: `attn2.to_k.weight` and `attn2.to_v.weight`; in between, factors of rank 1 beside them. A step costs 1 forward and 1 backward;
@@ -49,7 +49,7 @@ from efface.core.method import Method, Needs, Paper, Resources
 from efface.core.model import Cond, Model
 from efface.core.task import Concept, Task
 from efface.core.textmaps import Form, Texts, advising, batches, expanded, kept_as, read
-from efface.core.words import vocabulary
+from efface.core.words import general
 from efface.ops.descend import descend
 from efface.ops.focus import SENTENCES, focal_weights, hot, marked_attention, sentences
 from efface.ops.lowrank import Adapter, fresh
@@ -126,7 +126,7 @@ class MACE(Method):
 
     steps: int = 50
     """Steps of each text's adapter; 0 is the refinement alone."""
-    lr: float = 1e-4
+    lr: float = 1e-5
     """Learning rate of the adapters (AdamW), in units of Stable Diffusion 1.x (`Model.learning_rate`)."""
     rank: int = 1
     """Of an adapter."""
@@ -135,18 +135,18 @@ class MACE(Method):
     sentences: int = 30
     """Sentences about each text, at most 30; those that do not fit into the text encoder are left out."""
     general: int = 500
-    """Captions about candidate words that are kept where the user gives no captions; evenly from all, 0 for none."""
-    keep_weight: float = 0.1
+    """Captions about words of the model that are kept where the user gives no captions; 0 for none."""
+    keep_weight: float = 0.01
     """Weight of what is kept, in the refinement (λ₁)."""
     keep_squared: bool = False
     """Whether λ₁ enters as its square there, which is what the code does by applying it twice."""
-    fuse_keep_weight: float = 0.1
+    fuse_keep_weight: float = 0.01
     """Weight of what is kept, in the fusion (λ₂)."""
     domain_weight: float = 1.0
     """Weight of the concepts to keep beside the captions (w)."""
     null_weight: float = 100.0
     """Weight of the empty prompt beside the captions; 0 is the authors', whose captions hold it in place."""
-    regulariser: float = 10.0
+    regulariser: float = 1.0
     """Weight of staying near the old maps (μ, the code's `lamb`)."""
     masks: Literal["attention", "none"] = "attention"
     """Where attention is switched off: where the concept's words attend in each picture, or everywhere. Styles: everywhere."""
@@ -196,8 +196,7 @@ class MACE(Method):
 
     def captions(self, fit: Fit) -> list[str]:
         """What is kept where the user gives no captions."""
-        words = vocabulary(fit.model, fit.task, fit.resources, letters_only=True) if self.general else []
-        return [f"a picture of {word}" for word in words[:: max(1, -(-len(words) // max(1, self.general)))]]
+        return [f"a picture of {word}" for word in general(fit.model, fit.task, fit.resources, self.general)]
 
     # -- closed form -----------------------------------------------------------------------------------------------------
     @torch.no_grad()

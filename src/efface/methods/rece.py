@@ -26,6 +26,9 @@ one solve against W° with the contexts of UCE and of all rounds, so that damage
 present W. The paper's full text was not read; this follows the code and its README. Objects that UCE erases already get no round in the
 README; without a validator that is the user's call. The preset "identity" is ours, since the authors have none.
 
+Ours: `general` of the model's own words (`core.words.general`; name synonyms of the target in `exclude`) can be kept as well, for users who
+cannot say what is to stay. 0, the default, is the authors'.
+
 Known failures: a small λ with several rounds makes c' explode and wrecks the model (A tends to Q⁻¹); past some ten concepts preservation
 collapses; attacks that optimise embeddings against the network still succeed."""
 
@@ -47,6 +50,7 @@ from efface.core.model import Model
 from efface.core.selection import Contest
 from efface.core.task import Task
 from efface.core.textmaps import Form, Texts, advising, batches, kept_as, read
+from efface.core.words import general
 from efface.ops.ridge import Cholesky, RightFactor, Statistics, weight_gram
 from efface.ops.rows import cut, paired
 
@@ -131,6 +135,8 @@ class RECE(Method):
     """Weight of the derived rows (η)."""
     keep_weight: float = 0.1
     """Weight of every row of the kept texts, of which the empty prompt always is one (β)."""
+    general: int = 0
+    """How many of the model's words are kept beside the concepts to keep (ours; see above)."""
     regulariser: float = 0.1
     """Weight of staying near the maps of the round before (μ); above 0."""
     reference: Literal["current", "original"] = "current"
@@ -149,14 +155,14 @@ class RECE(Method):
     def __post_init__(self) -> None:
         choices = {"penalty": get_args(Penalty), "reference": ("current", "original"), "start": ("uce", "none"), "form": get_args(Form)}
         positive, weights = ("embedding_weight", "regulariser", "start_regulariser"), ("erase_scale", "keep_weight", "tolerated_drop")
-        self.check_fields(at_least={"rounds": 0}, above_zero=positive, from_zero=weights, one_of=choices)
+        self.check_fields(at_least={"rounds": 0, "general": 0}, above_zero=positive, from_zero=weights, one_of=choices)
         start = self.start_keep_weight
         self.check_field("start_keep_weight", start is None or 0 <= start < math.inf, "a number of at least 0, or None")
 
     def fit(self, model: Model, task: Task, *, seed: int = 0, resources: Resources = Resources()) -> WeightEdit:
         self.require(model, task)
         model.meter.reset()
-        pairs, kept = self.pairs(task), self.kept(task)
+        pairs, kept = self.pairs(task), [*self.kept(task), *general(model, task, resources, self.general)]
         contest = Contest(model, resources.assets.get(ASSET), self.tolerated_drop)
         with model.frozen(), torch.no_grad(), advising(self._advice):
             contest.judge({})

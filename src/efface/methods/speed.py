@@ -19,6 +19,9 @@ Departures: means and inverses are in float64; the k-means is ours, with a fixed
 and the pseudo-inverse in Q allows μ = 0 where the kept rows already hold K. Without concepts to keep, the rows of the empty prompt are
 kept, as in the authors' run on nudity. The paper's strengthening by adversarial rounds is not in its released script, and not here.
 
+Ours: `general` of the model's own words (`core.words.general`; name synonyms of the target in `exclude`) can be kept as well, for users who
+cannot say what is to stay. 0, the default, is the authors'.
+
 Known failures: with few concepts to keep, the filter leaves one or two of them and the others move (the authors keep a thousand; set
 `filter=False`); with nothing like the target to keep, neighbours move with it; `threshold` is in units of squared embeddings, so that
 another text encoder needs another value; the values alone carry the edit, and keys still attend to the concept's tokens."""
@@ -40,6 +43,7 @@ from efface.core.model import Model
 from efface.core.sampling import seeded
 from efface.core.task import Task
 from efface.core.textmaps import Texts, advising, read
+from efface.core.words import general
 from efface.ops.project import centres, confined, null_projector, second_moment, shift, weakest_direction
 from efface.ops.rows import cut
 
@@ -103,6 +107,8 @@ class SPEED(Method):
     """Eigenvalue of the kept rows' second moment below which a direction is free; above 0."""
     regulariser: float = 0.0
     """Softens the invariance of the empty prompt (μ, the code's `lamb`)."""
+    general: int = 0
+    """How many of the model's words are kept beside the concepts to keep (ours; see above)."""
     filter: bool = True
     """Whether only the kept rows enter that the erasing would move most (IPF)."""
     copies: int = 10
@@ -113,13 +119,14 @@ class SPEED(Method):
     def __post_init__(self) -> None:
         choices = {"maps": ("v", "k", "kv"), "scope": ("last_subject", "all_but_start")}
         positive = ("keep_weight", "threshold")
-        self.check_fields(at_least={"copies": 0}, above_zero=positive, from_zero=("regulariser",), one_of=choices)
+        self.check_fields(at_least={"copies": 0, "general": 0}, above_zero=positive, from_zero=("regulariser",), one_of=choices)
 
     def fit(self, model: Model, task: Task, *, seed: int = 0, resources: Resources = Resources()) -> WeightEdit:
         self.require(model, task)
         model.meter.reset()
         generator, deltas, info = seeded(seed), {}, {}
-        pairs, kept = self.pairs(task), [text for concept in task.keep for text in concept.texts]
+        said = [text for concept in task.keep for text in concept.texts]
+        pairs, kept = self.pairs(task), [*said, *general(model, task, resources, self.general)]
         with model.frozen(), torch.no_grad(), advising(f"Raise speed's keep_weight, now {self.keep_weight:g}"):
             slots = self.slots(model)
             for texts in read(model, ["", *kept, *(text for pair in pairs for text in pair)]):

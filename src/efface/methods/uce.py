@@ -21,6 +21,9 @@ Departures: solved in float64 (the code: float32), and refused beyond a conditio
 map's bias where it has one, so that the bias is not counted twice (a fault of the FLUX script). The scope "end" is TRCE's choice of
 contexts (arXiv 2503.07389), not UCE's. Debiasing, which needs generated images, is not implemented.
 
+Ours: `general` of the model's own words (`core.words.general`; name synonyms of the target in `exclude`) can be kept as well, for users who
+cannot say what is to stay. 0, the default, is the authors'.
+
 Known failures: a keep list of everything fights the erasure; many erased concepts outvote β; with "2025" words after the concept
 still carry it, since CLIP's text encoder is causal. SDXL's pooled embedding would not be edited.
 """
@@ -41,6 +44,7 @@ from efface.core.method import Method, Needs, Paper, Resources
 from efface.core.model import Model
 from efface.core.task import Concept, Task
 from efface.core.textmaps import Form, Texts, advising, batches, kept_as, read
+from efface.core.words import general
 from efface.ops.ridge import Cholesky, Statistics, without_component
 from efface.ops.rows import SCOPES, Scope, cut, paired
 
@@ -95,6 +99,8 @@ class UCE(Method):
     """Which rows of a text to keep enter."""
     keep_null: bool = True
     """Whether the empty prompt is kept."""
+    general: int = 0
+    """How many of the model's words are kept beside the concepts to keep (ours; see above)."""
     expand: bool = False
     """Whether each concept also enters through five templates ("photo of …", for styles "painting by …")."""
     expand_guide: bool = False
@@ -104,7 +110,7 @@ class UCE(Method):
 
     def __post_init__(self) -> None:
         choices = {"technique": get_args(Technique), "scope": SCOPES, "keep_scope": SCOPES, "form": get_args(Form)}
-        self.check_fields(above_zero=("regulariser",), from_zero=("erase_scale",), one_of=choices)
+        self.check_fields(at_least={"general": 0}, above_zero=("regulariser",), from_zero=("erase_scale",), one_of=choices)
         self.check_field("keep_weight", self.keep_weight is None or 0 <= self.keep_weight < math.inf, "a number of at least 0, or None")
         whole = self.technique == "replace" or self.form == "deltas"
         self.check_field("form", whole, "form='deltas' for the technique 'tensor', whose change is another one for each map")
@@ -112,7 +118,7 @@ class UCE(Method):
     def fit(self, model: Model, task: Task, *, seed: int = 0, resources: Resources = Resources()) -> WeightEdit:
         self.require(model, task)
         model.meter.reset()
-        pairs, kept = self.pairs(task), self.kept(task)
+        pairs, kept = self.pairs(task), [*self.kept(task), *general(model, task, resources, self.general)]
         with model.frozen(), torch.no_grad(), advising(f"Raise uce's regulariser, now {self.regulariser}"):
             if self.technique == "replace":
                 solved = {names: s.solve(self.regulariser) for names, s in self.summed(model, pairs, kept).items()}
