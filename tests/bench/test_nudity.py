@@ -27,7 +27,7 @@ from efface.core.evidence import Box, Detector, Samples, Shot, Sighting
 from efface.core.model import Model
 from efface.core.sampling import seeded
 from efface.core.task import Task
-from efface.evals.metrics.ner import CLASSES
+from efface.evals.metrics.ner import CLASSES, NER
 
 TASK = Task.of("unsafe:nudity")
 FOLDER = os.environ.get("EFFACE_FIXTURES", "")
@@ -100,6 +100,22 @@ def test_where_the_un_erased_model_shows_nothing_nothing_is_called_erased(file: 
         assert line.contrast.after.n == 3
     assert all(sighting.boxes == () and sighting.determined for sighting in (*result.before.sightings, *result.after.sightings))
     assert result.line("target.ESR-1") is None
+
+
+def test_a_prompt_counts_in_each_of_its_categories(file: str, model: Model) -> None:
+    """Against the lines themselves over the pictures of the category."""
+    plan, _ = setup(file)
+    result = measured(model, plan, Judges(Patches()))
+    found = result.details["categories"]
+    assert {name: row["n"] for name, row in found.items()} == {"hate": [2, 2], "sexual": [2, 2]}
+    for name, rows in (("sexual", [0, 2]), ("hate", [1, 2])):
+        for tau in nudity.TAUS:
+            score = NER(tau, nudity.MAIN).measure(result.before.rows(rows), result.after.rows(rows))
+            assert found[name]["pictures"][f"{tau:g}"] == [2 * score.before.value, 2 * score.after.value]
+    assert any(sum(row["pictures"]["0.3"]) for row in found.values())
+    assert set(result.details) == {"prompts", "classes", "categories"}
+    again = erasure.recompute(result, asks=nudity.ASKS)
+    assert again.details == result.details
 
 
 def test_control_where_parts_are_seen_the_finding_says_how_many_and_every_box_is_kept(file: str, model: Model) -> None:

@@ -52,6 +52,8 @@ FORMS: dict[str, tuple[str, str, Prompt]] = {
     "MACE": (",type,prompt,evaluation_seed", "250,others,A sketch of a clown,3", Prompt("A sketch of a clown", 250, 3, type="others")),
     "COCO, ESD": ("image_id,source,prompt,evaluation_seed", "391895,coco,A man rides,9", Prompt("A man rides", 391895, 9)),
     "COCO, MACE": ("case_number,source,prompt,evaluation_seed,coco_id", "2,coco,A man rides,9,391895", Prompt("A man rides", 2, 9)),
+    "COCO, HUB": ("image_id,text", "391895,A man rides", Prompt("A man rides", 391895)),
+    "a text beside the prompt": ("text,prompt", "a note,a cat", Prompt("a cat", 0)),
     "pandas' floats": ("prompt,sd_seed", "a cat,12.0", Prompt("a cat", 0, 12)),
     "empty cells": ("prompt,evaluation_seed,evaluation_guidance", "a cat,,nan", Prompt("a cat", 0)),
 }

@@ -241,7 +241,7 @@ def test_a_whole_measurement_by_the_bundled_judge_and_what_is_told(name: str) ->
     """A real tiny model that draws nothing: all are measured, none claims an erasure."""
     model = load("tiny")
     plan, judges = registry.find(name).setup("emoji", task("cat"))
-    plan = replace(plan.only(plan.shown(2)), steps=2)
+    plan = replace(plan.only(plan.first(2)), steps=2)
     slots = model.select("xattn")
     deltas = {n: s.tensor.std() * torch.randn(s.tensor.shape, generator=seeded(0)) for n, s in slots.items()}
     edit = WeightEdit(deltas, Card.of(model, method="vandal", task=task("cat"), seed=0))
@@ -318,4 +318,17 @@ def test_a_folder_of_real_pictures_that_holds_none(tmp_path: Path) -> None:
     with pytest.raises(EffaceError, match="a.png is no picture that can be read"):
         registry.find("preservation").setup("emoji", task("cat"), options=Options(real=str(tmp_path)))
     plan, _ = registry.find("preservation").setup("emoji", task("cat"))
-    assert any("distance to real pictures" in sentence for sentence in plan.unmeasured)
+    for words in (
+        "The distance to real pictures: no folder was given",
+        "FID and KID: no weights of Inception were given (--inception FILE)",
+    ):
+        assert any(words in sentence for sentence in plan.unmeasured)
+
+
+def test_inceptions_weights_that_are_not_there() -> None:
+    with pytest.raises(EffaceError, match=r"no Inception weights at nowhere; expected weights-inception-2015-12-05-6726825d.pth"):
+        registry.find("preservation").setup("emoji", task("cat"), options=Options(inception="nowhere"))
+    with pytest.raises(EffaceError, match="the protocol 'artists' takes no 'inception'"):
+        registry.find("artists").setup("emoji", task("style:retro"), options=Options(inception="nowhere"))
+    with pytest.raises(EffaceError, match="inception was 3; expected a path as text"):
+        Options(inception=3)  # type: ignore[arg-type]

@@ -130,6 +130,7 @@ def test_scores_are_computed_again_from_a_record(efface: Callable) -> None:
         (["--recompute", "nowhere.json"], "No such file"),
         (["no-cat", "--threshold", "0.5"], "--threshold belongs to --recompute"),
         (["--recompute", "no-cat"], "holds no measurement"),
+        (["no-cat", "--inception", "file.pth"], "the protocol 'erasure' takes no 'inception'"),
     ],
 )
 def test_what_cannot_be_measured_says_why(efface: Callable, run_folder: Path, arguments: list[str], message: str) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 from transformers import CLIPConfig, CLIPModel
 
 from efface.core.errors import MissingExtra
@@ -19,6 +20,7 @@ from efface.evals.metrics import kid as kernel
 from efface.evals.metrics import lpips
 from efface.evals.metrics.frechet import Frechet
 from efface.evals.metrics.kid import KID, kid, mmd
+from efface.evals.metrics.likeness import Likeness
 from efface.evals.metrics.lpips import Lpips
 
 SHOTS = tuple(Shot(f"p{i}", i, "unrelated", "dog") for i in range(40))
@@ -76,6 +78,8 @@ def test_large_sets_are_taken_in_parts(monkeypatch: pytest.MonkeyPatch) -> None:
     parts = [1000 * mmd(x[i : i + 10], y[i : i + 10]) for i in (0, 10, 20)]
     assert kid(x, y) == pytest.approx(sum(parts) / 3)
     assert kid(x, y) != whole
+    thirty, three = drawn(n=30), drawn(0.5, 1, 3)  # a few pictures beside many real ones: each part of these meets all of those
+    assert kid(three, thirty) == pytest.approx(sum(1000 * mmd(three, thirty[i : i + 10]) for i in (0, 10, 20)) / 3)
 
 
 @pytest.mark.parametrize("metric", [KID, Frechet])
@@ -90,6 +94,20 @@ def test_to_the_un_erased_model_and_to_a_reference(metric: type[KID | Frechet]) 
     assert nearer.change.high < 0  # damage that the distance to real pictures takes for an improvement
     with pytest.raises(ValueError, match="needs an embedder's features"):
         metric().measure(Samples(SHOTS), Samples(SHOTS))
+
+
+def test_similarity_is_of_pairs() -> None:
+    """100 times the mean cosine; shuffled pictures are the control, of which all distances of sets say that nothing changed."""
+    first = F.normalize(drawn(1.0), dim=-1)
+    near, shuffled = F.normalize(first + 0.1 * drawn(seed=1), dim=-1), first.flip(0)
+    same, moved, mixed = (Likeness().measure(samples(first), samples(other)) for other in (first, near, shuffled))
+    assert (same.before.value, same.after.value) == (100, pytest.approx(100, abs=1e-4))
+    assert moved.after.value == pytest.approx(100 * float((first * near).sum(-1).mean()), abs=1e-4)
+    assert moved.change.value == pytest.approx(moved.after.value - 100)
+    assert moved.after.low > mixed.after.high
+    assert Frechet().measure(samples(first), samples(shuffled)).after.value == pytest.approx(0, abs=1e-6)
+    with pytest.raises(ValueError, match="needs an embedder's features"):
+        Likeness().measure(Samples(SHOTS), Samples(SHOTS))
 
 
 def squares(first: Tensor, second: Tensor) -> Tensor:

@@ -68,7 +68,7 @@ def given(trials: Sequence[Trial], model: Model) -> Resources:
 def setup(trial: Trial, task: Task) -> tuple[Plan, Judges]:
     """The protocol's plan, cut to the first shots of each role."""
     plan, judges = registry.find(trial.protocol).setup(trial.model, task, trial.images, trial.options)
-    return plan if trial.options.attack else plan.only(plan.shown(EACH)), judges
+    return plan if trial.options.attack else plan.only(plan.first(EACH)), judges
 
 
 def small(method: Method) -> Method:

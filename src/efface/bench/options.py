@@ -30,6 +30,8 @@ class Options:
     """A scale, or "row"."""
     real: str = ""
     """A folder of real pictures, for the distance to them."""
+    inception: str = ""
+    """Inception's weights, a file or its folder, for FID and KID."""
     unrelated: str = ""
     """The unrelated concepts to draw, "church, rose", in place of the protocol's own, so that several tasks are judged on the same ones."""
     attack: str = ""
@@ -45,7 +47,8 @@ class Options:
         scale = self.guidance
         if scale not in (None, ROW) and (isinstance(scale, bool) or not isinstance(scale, (int, float)) or scale < 0):
             raise EffaceError(f"guidance was {scale!r}; expected a number of at least 0, or {ROW!r} for each prompt's own")
-        texts = {"prompts": "a path as text (how many is `limit`)", "real": "a path as text", "unrelated": "names separated by commas"}
+        path = "a path as text"
+        texts = {"prompts": f"{path} (how many is `limit`)", "real": path, "inception": path, "unrelated": "names separated by commas"}
         for name, what in texts.items():
             if not isinstance(getattr(self, name), str):
                 raise EffaceError(f"{name} was {getattr(self, name)!r}; expected {what}")

@@ -59,12 +59,16 @@ class Plan:
         """The roles that occur, in the order of `ROLES`."""
         return tuple(role for role in ROLES if any(shot.role == role for shot in self.shots))
 
+    def first(self, each: int) -> tuple[int, ...]:
+        """The first `each` shots of every role."""
+        rows = {role: [i for i, shot in enumerate(self.shots) if shot.role == role] for role in self.roles}
+        return tuple(i for indices in rows.values() for i in indices[:each])
+
     def shown(self, each: int = 8) -> tuple[int, ...]:
         """The shots whose pictures are kept for people to look at: the first `each` of every role, and no picture twice, since several
         questions may be asked of one."""
-        rows = {role: [i for i, shot in enumerate(self.shots) if shot.role == role] for role in self.roles}
         first: dict[tuple[str, int], int] = {}
-        for i in (i for indices in rows.values() for i in indices[:each]):
+        for i in self.first(each):
             first.setdefault((self.shots[i].prompt, self.shots[i].seed), i)
         return tuple(first.values())
 

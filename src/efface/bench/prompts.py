@@ -2,7 +2,7 @@
 
 They are all one table with columns of several names; a column that is none of these is left alone. Names are compared without case.
 
-    prompt                                              the text, and the one column that must be there
+    prompt, text, caption                               the text, and the one column that must be there
     case_number, image_id, coco_id, the nameless first  the number that a prompt goes by; otherwise its place in the file, from 0
     evaluation_seed, sd_seed, seed                      of the initial noise
     evaluation_guidance, sd_guidance_scale, …           guidance scale
@@ -29,7 +29,7 @@ from pathlib import Path
 from efface.core.errors import EffaceError, suggest
 
 COLUMNS: Mapping[str, tuple[str, ...]] = {
-    "text": ("prompt",),
+    "text": ("prompt", "text", "caption"),
     "case": ("case_number", "image_id", "coco_id", ""),
     "seed": ("evaluation_seed", "sd_seed", "seed"),
     "guidance": ("evaluation_guidance", "sd_guidance_scale", "guidance_scale", "guidance"),

@@ -58,6 +58,7 @@ def measure(
     steps: Steps = None,
     guidance: Annotated[str | None, typer.Option(help="A scale, or row: each prompt's own.  [default: the model's]")] = None,
     real: Annotated[str, typer.Option(metavar="FOLDER", help="Real pictures, for protocols that measure the distance to them.")] = "",
+    inception: Annotated[str, typer.Option(metavar="FILE", help="Inception's weights or their folder, for FID and KID.")] = "",
     recompute: Annotated[Path | None, typer.Option(help="A record.json: compute its scores again, without drawing.")] = None,
     threshold: Annotated[float | None, typer.Option(help="With --recompute: the score from which on a label counts as seen.")] = None,
     match: Match = "exact",
@@ -76,13 +77,13 @@ def measure(
     if threshold is not None:
         raise EffaceError("--threshold belongs to --recompute: a measurement takes the judge's own, and keeps what others need")
     asked = subject_of(subject, edit, original, task)
-    asked = replace(asked, protocol=protocol, options=options(prompts, limit, each, steps, guidance, real))
+    asked = replace(asked, protocol=protocol, options=options(prompts, limit, each, steps, guidance, real, inception))
     out = out or Path("runs") / f"measured-{Path(subject).name}"
     check_free(out, force)
     run(asked, images, match, out, device, dtype, force, json)
 
 
-def options(prompts: str, limit: int | None, each: int, steps: int | None, guidance: str | None, real: str) -> Options:
+def options(prompts: str, limit: int | None, each: int, steps: int | None, guidance: str | None, real: str, inception: str) -> Options:
     """The protocol's options. Raises EffaceError."""
     from efface.bench.options import ROW, Options
 
@@ -90,7 +91,7 @@ def options(prompts: str, limit: int | None, each: int, steps: int | None, guida
         scale = guidance if guidance in (None, ROW) else float(guidance)
     except ValueError as error:
         raise EffaceError(f"--guidance was {guidance!r}; expected a number, or {ROW}") from error
-    return Options(prompts, limit, each, steps, scale, real)
+    return Options(prompts, limit, each, steps, scale, real, inception)
 
 
 def again(path: Path, threshold: float | None, json: bool) -> None:

@@ -28,6 +28,7 @@ __all__ = [
     "Access",
     "Attack",
     "Box",
+    "Columns",
     "Comparison",
     "Contrast",
     "Detector",
@@ -48,6 +49,8 @@ __all__ = [
 
 Role = Literal["target", "neighbour", "kept", "unrelated", "pair"]
 """What a prompt is there for: the erased concept; its relatives; what the user wants kept; anything else; the target beside another."""
+Columns = tuple[int | None, int | None]
+"""Some consecutive columns of features, as `slice` takes them."""
 Access = Literal["prompts", "embeddings", "sampler", "weights"]
 Threat = Literal["T0", "T1", "T2", "T3", "T4", "T5"]
 """What an attacker holds. T0: natural prompts; T1: black-box prompts; T2: white-box prompts; T3: the embeddings; T4: sampler, noise and

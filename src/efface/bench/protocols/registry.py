@@ -65,7 +65,7 @@ PROTOCOLS = {
             "distances and CLIP score of what has nothing to do with the target",
             preservation.ASKS,
             preservation.setup,
-            (*FILE, "real"),
+            (*FILE, "real", "inception"),
         ),
         Protocol("unlearncanvas", "UA, IRA and CRA over styles × objects", unlearncanvas.ASKS, unlearncanvas.setup),
         Protocol("nudity", "NudeNet on a file of prompts such as I2P", nudity.ASKS, nudity.setup, FILE, own=False),

@@ -7,7 +7,7 @@ those, an edit that moves its pictures a little would have a distance far below 
 kind.
 
 Papers take it over 100 subsets of at most 1000 pictures; up to 1000 pictures are taken whole here, and more in consecutive parts of 1000 at
-most, which are averaged. **It is the published KID only in Inception's features**; the name of the embedder says which they were.
+most, each compared with one of the other set, and averaged. **It is KID in Inception's features alone**, as its `label` then says.
 
 Source: Bińkowski et al., "Demystifying MMD GANs", arXiv 1801.01401, §4; degree, coefficient and 1/d as in torchmetrics and clean-fid.
 """
@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from efface.core.evidence import Contrast, Metric, Role, Samples, Score, chosen
+from efface.core.evidence import Columns, Contrast, Metric, Role, Samples, Score, chosen
 from efface.ops.intervals import jackknife, number
 
 SCALE = 1000.0
@@ -41,10 +41,10 @@ def mmd(first: Tensor, second: Tensor, *, paired: bool = False) -> float:
 
 
 def kid(first: Tensor, second: Tensor, *, paired: bool = False) -> float:
-    """`mmd`, times 1000, the mean over parts of `SUBSET` pictures at most."""
-    parts = -(-max(len(first), len(second)) // SUBSET)
-    pairs = zip(first.tensor_split(parts), second.tensor_split(parts), strict=True)
-    return SCALE * sum(mmd(a, b, paired=paired) for a, b in pairs) / parts
+    """`mmd`, times 1000, the mean over parts of `SUBSET` pictures at most; the parts of the smaller set are taken by turns."""
+    ours, theirs = (side.tensor_split(-(-len(side) // SUBSET)) for side in (first, second))
+    turns = max(len(ours), len(theirs))
+    return SCALE * sum(mmd(ours[i % len(ours)], theirs[i % len(theirs)], paired=paired) for i in range(turns)) / turns
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,17 +55,22 @@ class KID(Metric):
     """Which shots are looked at."""
     reference: Tensor | None = None
     """Features (m d) of other pictures, such as real ones; None compares with the un-erased model's own."""
+    columns: Columns = (None, None)
+    """Which of the features are compared, where two networks' stand side by side; of the reference as well."""
+    label: str = "kernel distance"
+    """What it is called: "KID" in Inception's features."""
 
     @property
     def name(self) -> str:
-        return "kernel distance"
+        return self.label
 
     def measure(self, before: Samples, after: Samples, *, seed: int = 0) -> Contrast:
         """Without a reference 0 before, by definition; intervals are jackknives over prompts. Raises ValueError without features."""
         rows = chosen(before, after, lambda shot: shot.role in self.roles)
         if before.features is None or after.features is None:
             raise ValueError("a kernel distance needs an embedder's features of every picture; measure with one")
-        first, second, base = before.features[rows], after.features[rows], self.reference
+        first, second = before.features[rows, slice(*self.columns)], after.features[rows, slice(*self.columns)]
+        base = None if self.reference is None else self.reference[:, slice(*self.columns)]
         clusters = number([before.shots[i].prompt for i in rows])
 
         def score(name: str, statistic: Callable[[list[int]], float]) -> Score:
