@@ -18,7 +18,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -41,6 +41,7 @@ from efface.core.model import Model
 from efface.core.task import Task
 
 RECORDS = "trials.jsonl"
+EDITS = "edits"
 KEPT = 4
 """Un-erased drawings that are kept in memory, since many trials share one."""
 LARGEST = 64 * 2**20
@@ -53,10 +54,10 @@ class News:
 
     trial: Trial
     number: int
-    """From 1."""
+    """From 1, in the order in which trials come to the stage."""
     total: int
     stage: str
-    """ "fit", "draw", "attack" or "done"."""
+    """ "fit", "draw", "attack" or "done"; on a cluster "sent" and "done"."""
     step: int = 0
     steps: int = 0
     record: Mapping[str, Any] | None = None
@@ -66,11 +67,17 @@ class News:
 
 
 Setup = Callable[[Trial, Task], tuple[Plan, Judges]]
+Tell = Callable[[str, int, int], None]
+"""Called with a stage, the steps done and those in all."""
 
 
 def setup(trial: Trial, task: Task) -> tuple[Plan, Judges]:
     """What the trial's protocol draws, and who judges."""
     return registry.find(trial.protocol).setup(trial.model, task, trial.images, trial.options)
+
+
+def untold(stage: str, step: int, steps: int) -> None:
+    """Nobody is told."""
 
 
 def run(
@@ -97,44 +104,88 @@ def run(
         others: folders of earlier sweeps, whose edits attacks may meet.
 
     Raises EffaceError where the folder holds records on other weights, prompts or judges; and whatever is a bug."""
-    log = Log(folder / RECORDS)
-    done = {record["hash"]: record for record in log.read() if not (retry and "error" in record)}
-    pending = [trial for trial in trials if trial.hash not in done]
-    bench = _Bench(folder, load, setup, given)
-    for place, records in ((folder, done.values()), *((other, Log(other / RECORDS).read()) for other in others)):
-        for record in records:
-            bench.keep(record, place)
+    ledger = Ledger(folder, others, retry=retry)
+    pending = ledger.pending(trials)
+    bench = Bench(folder, load, setup, given)
     for number, trial in enumerate(pending, 1):
 
         def tell(stage: str, step: int, steps: int, trial: Trial = trial, number: int = number) -> None:
             watch(News(trial, number, len(pending), stage, step, steps))
 
-        bench.check(trial, done.values())
-        record, result = bench.record(trial, tell)
-        log.append(record)
-        done[trial.hash] = record
-        bench.keep(record, folder)
+        ground = bench.open(trial)
+        ledger.require(trial, ground)
+        record, result = bench.record(trial, ledger.edit(trial, ground), tell)
+        ledger.add(record)
         watch(News(trial, number, len(pending), "done", record=record, result=result))
-    for store in bench.stores.values():
-        store.clear()
-    return [done[trial.hash] for trial in trials]
+    bench.close()
+    return ledger.of(trials)
 
 
-class _Bench:
-    """What trials share: the model at hand, its fingerprint, and what it draws un-erased."""
+class Ledger:
+    """What a folder holds: its records, to which one process adds, and the edits that attacks may meet, those of other folders as well."""
+
+    def __init__(self, folder: Path, others: Sequence[Path] = (), *, retry: bool = False) -> None:
+        self.folder = folder
+        self._log = Log(folder / RECORDS)
+        self._done = {record["hash"]: record for record in self._log.read() if not (retry and "error" in record)}
+        self._grounds = {hash_: (record["trial"], record["ground"]) for hash_, record in self._done.items()}
+        self._edits: dict[str, Path] = {}
+        """Files by what was fitted: `_fitted`."""
+        for place, records in ((folder, self._done.values()), *((other, Log(other / RECORDS).read()) for other in others)):
+            for record in records:
+                self._keep(record, place)
+
+    def pending(self, trials: Sequence[Trial]) -> list[Trial]:
+        """Those that have no record."""
+        return [trial for trial in trials if trial.hash not in self._done]
+
+    def of(self, trials: Sequence[Trial]) -> list[dict[str, Any]]:
+        """The records of trials, in their order; all must have one."""
+        return [self._done[trial.hash] for trial in trials]
+
+    def require(self, trial: Trial, ground: Mapping[str, str]) -> None:
+        """Raises EffaceError where a record of the same name, or a trial that was let through before, rests on something else."""
+        for hash_, (other, then) in self._grounds.items():
+            for name in _shared(other, trial):
+                if then.get(name, "none") != ground.get(name, "none"):
+                    raise EffaceError(
+                        f"{self.folder / RECORDS} holds a record ({hash_}) on another {name} ({then.get(name, 'none')}) than is at hand "
+                        f"({ground.get(name, 'none')}); give another folder, or move the old one away"
+                    )
+        self._grounds[trial.hash] = (trial.json(), ground)
+
+    def edit(self, trial: Trial, ground: Mapping[str, str]) -> Path | None:
+        """The file of the edit that an earlier trial with the same fit made, where there is one."""
+        name = _fitted(trial.json(), ground)
+        path = self._edits.get(name, self.folder / EDITS / f"{name}.safetensors")
+        return path if path.is_file() else None
+
+    def add(self, record: dict[str, Any]) -> None:
+        """Appends a record, whose edit is in the folder by now."""
+        self._log.append(record)
+        self._done[record["hash"]] = record
+        self._keep(record, self.folder)
+
+    def _keep(self, record: Mapping[str, Any], folder: Path) -> None:
+        path = folder / EDITS / f"{record.get('edit', {}).get('file', record['hash'])}.safetensors"
+        if path.is_file():
+            self._edits.setdefault(_fitted(record["trial"], record["ground"]), path)
+
+
+class Bench:
+    """What trials share that run one after another: the model at hand, its fingerprint, and what it draws un-erased."""
 
     def __init__(self, folder: Path, load: Callable[[str], Model], setup: Setup, given: Resources) -> None:
+        """`folder` takes the edits that are made, and what is kept while trials run; the rest as in `run`."""
         self.folder, self._load, self._setup, self._given = folder, load, setup, given
         self.name = ""
-        self.edits: dict[str, Path] = {}
-        """Files by what was fitted: `_fitted`."""
         self.second: Model | None = None
         """The same model once more, to hold the edit that is attacked."""
         self.drawings: dict[str, Drawing] = {}
         self.stores: dict[str, Store] = {}
 
-    def check(self, trial: Trial, records: Iterable[Mapping[str, Any]]) -> None:
-        """Opens the model, and raises EffaceError where a record of the same name rests on something else."""
+    def open(self, trial: Trial) -> dict[str, str]:
+        """Has the trial's model, plan and judges at hand, and returns what its record rests on beside the trial itself."""
         if trial.model != self.name:
             self.drawings.clear()
             self.second = None
@@ -142,18 +193,12 @@ class _Bench:
             self.fingerprint = Fingerprint.of(self.model)
         self.task = Task.parse(trial.task)
         self.plan, self.judges = self._setup(trial, self.task)
-        ground = self._ground()
-        for record in records:
-            differs = [name for name in _shared(record["trial"], trial) if record["ground"].get(name, "none") != ground.get(name, "none")]
-            if differs:
-                name, then, now = differs[0], record["ground"].get(differs[0], "none"), ground.get(differs[0], "none")
-                raise EffaceError(
-                    f"{self.folder / RECORDS} holds a record ({record['hash']}) on another {name} ({then}) than is at hand ({now}); "
-                    "give another folder, or move the old one away"
-                )
+        return self._ground()
 
-    def record(self, trial: Trial, tell: Callable[[str, int, int], None]) -> tuple[dict[str, Any], Result | None]:
-        """Fits and measures, or attacks, one trial. What efface raises on purpose is recorded and not raised."""
+    def record(self, trial: Trial, kept: Path | None, tell: Tell = untold) -> tuple[dict[str, Any], Result | None]:
+        """Fits and measures, or attacks, the trial that was opened last. What efface raises on purpose is recorded and not raised.
+
+        `kept` is the edit that an attack may meet."""
         head = {
             "format": FORMAT,
             "version": VERSION,
@@ -163,22 +208,22 @@ class _Bench:
             "ground": self._ground(),
         }
         try:
-            found, result = self._attacked(trial, tell) if trial.protocol == attacks.NAME else self._measured(trial, tell)
+            found, result = self._attacked(trial, kept, tell) if trial.protocol == attacks.NAME else self._measured(trial, tell)
         except EffaceError as error:
             return {**head, "error": {"type": type(error).__name__, "message": " ".join(str(error).split())}}, None
         return {**head, **found}, result
 
-    def _measured(self, trial: Trial, tell: Callable[[str, int, int], None]) -> tuple[dict[str, Any], Result]:
+    def _measured(self, trial: Trial, tell: Tell) -> tuple[dict[str, Any], Result]:
         """The record's own part: the edit, what it cost, and the result."""
         edit = self._fit(trial, trial.hash, tell)
         result = self._measure(edit, check=_effective(trial), tell=tell)
-        saved = edit.save(self.folder / "edits" / f"{trial.hash}.safetensors")
+        saved = edit.save(self.folder / EDITS / f"{trial.hash}.safetensors")
         return {**_about(edit, saved, trial), "result": result.json()}, result
 
-    def _attacked(self, trial: Trial, tell: Callable[[str, int, int], None]) -> tuple[dict[str, Any], None]:
+    def _attacked(self, trial: Trial, kept: Path | None, tell: Tell) -> tuple[dict[str, Any], None]:
         """The record's own part: the edit that was attacked, with its cost, and what came out, concept by concept."""
         targets = attacks.aims(self.plan, self.judges, self.task)
-        edit, path = self._edit(trial, tell)
+        edit, path = self._edit(trial, kept, tell)
         if self.second is None:
             self.second = self._load(trial.model)
         if self.second is self.model:
@@ -197,29 +242,21 @@ class _Bench:
             )
         return {**_about(edit, path, trial), "attacks": attacks.report(found)}, None
 
-    def keep(self, record: Mapping[str, Any], folder: Path) -> None:
-        """Remembers the edit of a record, where its file lies in the folder."""
-        path = folder / "edits" / f"{record.get('edit', {}).get('file', record['hash'])}.safetensors"
-        if path.is_file():
-            self.edits.setdefault(_fitted(record["trial"], record["ground"]), path)
-
-    def _edit(self, trial: Trial, tell: Callable[[str, int, int], None]) -> tuple[Edit, Path]:
-        """The edit of an earlier trial with the same fit, if its card says so, too; else a new one, saved for the trials to come."""
+    def _edit(self, trial: Trial, kept: Path | None, tell: Tell) -> tuple[Edit, Path]:
+        """The edit that was kept, if its card says that it is the trial's; else a new one, saved for the trials to come."""
+        if kept is not None:
+            edit = Edit.load(kept)
+            if self._same(edit.card, trial):
+                return edit, kept
         name = _fitted(trial.json(), self._ground())
-        own = self.folder / "edits" / f"{name}.safetensors"
-        path = self.edits.get(name, own)
-        if path.is_file():
-            kept = Edit.load(path)
-            if self._same(kept.card, trial):
-                return kept, path
         edit = self._fit(trial, name, tell)
-        return edit, edit.save(own)
+        return edit, edit.save(self.folder / EDITS / f"{name}.safetensors")
 
     def _same(self, card: Card, trial: Trial) -> bool:
         asked = (trial.method, trial.task, trial.seed)
         return (card.method, card.task, card.seed) == asked and card.fingerprint.same_weights(self.fingerprint)
 
-    def _fit(self, trial: Trial, name: str, tell: Callable[[str, int, int], None]) -> Edit:
+    def _fit(self, trial: Trial, name: str, tell: Tell) -> Edit:
         """`name` is that of the checkpoint."""
         method = catalog.method(trial.method)
         method.require(self.model, self.task)
@@ -228,7 +265,7 @@ class _Bench:
         resources = dataclasses.replace(self._given, report=lambda step, steps, figures: tell("fit", step, steps), checkpoint=checkpoint)
         return method.fit(self.model, self.task, seed=trial.seed, resources=resources)
 
-    def _measure(self, edit: Edit, *, check: bool, tell: Callable[[str, int, int], None]) -> Result:
+    def _measure(self, edit: Edit, *, check: bool, tell: Tell) -> Result:
         before = self._before(tell)
         return erasure.measure(
             self.model,
@@ -242,7 +279,7 @@ class _Bench:
             before=before,
         )
 
-    def _before(self, tell: Callable[[str, int, int], None]) -> Drawing:
+    def _before(self, tell: Tell) -> Drawing:
         """What the un-erased model draws, from memory where another trial drew the same."""
         key = f"{self.plan.name}/{self.plan.digest}/{self.plan.steps}/{self.plan.guidance}"
         if key in self.drawings:
@@ -261,6 +298,11 @@ class _Bench:
             for old in list(self.drawings)[:-KEPT]:
                 del self.drawings[old]
         return drawing
+
+    def close(self) -> None:
+        """Removes the drawings that were kept on disk."""
+        for store in self.stores.values():
+            store.clear()
 
     def _ground(self) -> dict[str, str]:
         """What a record rests on beside its trial."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import tempfile
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -16,6 +17,7 @@ from efface.cli.record import command
 from efface.core.errors import EffaceError
 
 if TYPE_CHECKING:
+    from efface.bench.cluster import Cluster
     from efface.bench.run import News
     from efface.bench.trial import Sweep, Trial
     from efface.core.method import Resources
@@ -42,6 +44,16 @@ def sweep(
     ] = False,
     vocabulary: Annotated[str, typer.Option(help="Candidate words: tokenizer, bundled, or a file of words.")] = "tokenizer",
     asset: Annotated[list[str] | None, typer.Option(help="NAME=FILE of a trained part, such as sae=runs/sae.safetensors.")] = None,
+    ray: Annotated[
+        str | None, typer.Option(help="Run trials in parallel: local starts Ray on this machine; else the address of a Ray cluster.")
+    ] = None,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="With --ray: processes.  [default: as many as the cluster has place for]")
+    ] = None,
+    worker_cpus: Annotated[int | None, typer.Option(min=1, help="With --ray: CPUs and threads of each.  [default: 1]")] = None,
+    worker_gpus: Annotated[
+        float | None, typer.Option(min=0, help="With --ray: GPUs of each, such as 0.5.  [default: 1 where there are any]")
+    ] = None,
     device: Device = None,
     dtype: Dtype = None,
     json: Json = False,
@@ -61,8 +73,9 @@ def sweep(
         emit(rows, columns(rows, ("hash", "record", "trial"), header=True), json)
         return
     trials = [trial for trial in chosen(asked.trials, part) if trial.hash not in elsewhere]
+    cluster = placed(ray, workers, worker_cpus, worker_gpus, device)
     given = Resources(vocabulary=candidates(vocabulary), assets=trained(asset or []))
-    found = ran(trials, out, retry, device, dtype, given, [place for place in also or [] if place.is_dir()])
+    found = ran(trials, out, retry, device, dtype, given, [place for place in also or [] if place.is_dir()], cluster)
     known = records([out]) | elsewhere
     if markdown:
         write(markdown, asked, known)
@@ -149,12 +162,36 @@ def listed(asked: Sweep, known: Mapping[str, Mapping[str, Any]]) -> list[dict[st
     return [{"hash": trial.hash, "record": states.get(trial.hash, "no"), "trial": str(trial)} for trial in asked.trials]
 
 
+def placed(ray: str | None, workers: int | None, cpus: int | None, gpus: float | None, device: str | None) -> Cluster | None:
+    """Where the trials run; None for here. Raises EffaceError for the size of workers without --ray."""
+    if ray is None:
+        if (workers, cpus, gpus) != (None, None, None):
+            raise EffaceError(
+                "--workers, --worker-cpus and --worker-gpus size the workers of a Ray cluster; add --ray local, or its address"
+            )
+        return None
+    from efface.bench.cluster import Cluster
+
+    bare = device is not None and not device.startswith("cuda")
+    return Cluster(ray, workers, cpus or 1, 0 if gpus is None and bare else gpus)
+
+
 def ran(
-    trials: list[Trial], out: Path, retry: bool, device: str | None, dtype: str | None, given: Resources, others: list[Path]
+    trials: list[Trial],
+    out: Path,
+    retry: bool,
+    device: str | None,
+    dtype: str | None,
+    given: Resources,
+    others: list[Path],
+    cluster: Cluster | None,
 ) -> list[dict[str, Any]]:
     """Runs them with a progress bar, and keeps the pictures of each. `others` are folders whose edits attacks may meet."""
+    from efface.bench import cluster as parallel
     from efface.bench.run import run
 
+    runner = partial(parallel.run, cluster=cluster) if cluster else run
+    load = partial(open_model, device=device, dtype=dtype)
     with bar("step", None, "sweep") as progress:
 
         def watch(news: News) -> None:
@@ -165,7 +202,7 @@ def ran(
             progress.total = news.steps
             progress.update(news.step - progress.n)
 
-        return run(trials, out, load=lambda name: open_model(name, device, dtype), watch=watch, retry=retry, given=given, others=others)
+        return runner(trials, out, load=load, watch=watch, retry=retry, given=given, others=others)
 
 
 def finished(news: News, out: Path) -> None:
