@@ -88,9 +88,10 @@ def test_captions_are_kept(model):
 
 def test_without_captions_words_are_kept_and_the_target_is_not(model):
     with fitting(MACE.build(general=30), model, TASK, 0, Resources(exclude=("lion",))) as fit:
-        said, fewer = fit.method.captions(fit), MACE.build(general=7).captions(fit)
+        (said, weight), (fewer, _) = fit.method.captions(fit), MACE.build(general=7).captions(fit)
         fit.figures.clear()
     words = [caption.removeprefix("a picture of ") for caption in said]
+    assert weight == 1  # of one text to erase
     assert 15 < len(words) <= 30 and 4 <= len(fewer) <= 7 and not {"cat", "lion"} & set(words) and set(words) <= set(model.words())
     rows = torch.cat(list(read(model, said)[0].tokens.values())).detach()
 

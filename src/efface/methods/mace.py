@@ -14,7 +14,8 @@
 
 λ₁ = `keep_weight`, λ₂ = `fuse_keep_weight`, μ = `regulariser`. p are all rows of `Resources.assets["captions"]` (a list of any general
 captions; the authors' is COCO), and w = `domain_weight` times those of sentences about the concepts to keep. Without captions, "a picture
-of WORD" takes their place for `general` of the model's words (`core.words.general`: name the target's synonyms in `exclude`).
+of WORD" takes their place for `general` of the model's words (`core.words.general`: name the target's synonyms in `exclude`), as often as
+there are texts to erase.
 `steps=0` is the refinement alone: no picture, no denoiser call, one matrix for all maps (`form="patch"`).
 
 Trained: `attn2.to_k.weight` and `attn2.to_v.weight`; in between, factors of rank 1 beside them. A step costs 1 forward and 1 backward;
@@ -173,7 +174,7 @@ class MACE(Method):
 
     def fit(self, model: Model, task: Task, *, seed: int = 0, resources: Resources = Resources()) -> WeightEdit:
         with fitting(self, model, task, seed, resources, lr=self.lr) as fit, advising(self._advice):
-            sources = self.summed(model, task, resources.assets.get("captions") or self.captions(fit))
+            sources = self.summed(model, task, *self.captions(fit))
             refined = {names: source.shared.solve(self.regulariser) for names, source in sources.items()}
             info: dict[str, Any] = {"condition_refine": [solution.condition for solution in refined.values()]}
             if self.steps == 0:
@@ -194,14 +195,17 @@ class MACE(Method):
         """The sentences about a concept that is called `text`."""
         return sentences(text, self.sentences, style=concept.kind == "style")
 
-    def captions(self, fit: Fit) -> list[str]:
-        """What is kept where the user gives no captions."""
-        return [f"a picture of {word}" for word in general(fit.model, fit.task, fit.resources, self.general)]
+    def captions(self, fit: Fit) -> tuple[list[str], float]:
+        """What is kept in general, and its weight: the user's captions, or ours, whose weight grows with what is erased."""
+        if given := fit.resources.assets.get("captions"):
+            return list(given), 1.0
+        words = general(fit.model, fit.task, fit.resources, self.general)
+        return [f"a picture of {word}" for word in words], float(len(_texts(fit.task)))
 
     # -- closed form -----------------------------------------------------------------------------------------------------
     @torch.no_grad()
-    def summed(self, model: Model, task: Task, captions: Sequence[str]) -> dict[Names, Source]:
-        """The sums over all sentences, by the names of the maps that read them. Raises InvalidTask where no sentence fits."""
+    def summed(self, model: Model, task: Task, captions: Sequence[str] = (), weight: float = 1.0) -> dict[Names, Source]:
+        """The sums over sentences and weighted captions, by the maps that read them. Raises InvalidTask where no sentence fits."""
         found: dict[Names, Source] = {}
         for concept, text, phrase in _texts(task):
             pairs = list(zip(*(self.about(concept, t) for t in (text, phrase)), strict=True))
@@ -214,13 +218,12 @@ class MACE(Method):
                 source.shared.erase(torch.cat(contexts), torch.cat(targets))
                 own = torch.cat([texts.tokens[sentence] for sentence, _ in fitting_pairs])
                 source.own[text] = self_product(own)  # type: ignore[index]
-        self._keep(model, found, list(captions), 1.0)
+        self._keep(model, found, list(captions), weight)
         kept = [s for c in task.keep for text in c.texts for s in (text, *self.about(c, text))]
         self._keep(model, found, kept, self.domain_weight)
         self._keep(model, found, [""], self.null_weight)
-        weight = self.keep_weight**2 if self.keep_squared else self.keep_weight
         for source in found.values():
-            source.shared.kept.add_(source.kept, alpha=weight)
+            source.shared.kept.add_(source.kept, alpha=self.keep_weight**2 if self.keep_squared else self.keep_weight)
         return found
 
     def _keep(self, model: Model, sources: Mapping[Names, Source], kept: list[str], weight: float) -> None:

@@ -27,7 +27,7 @@ present W. The paper's full text was not read; this follows the code and its REA
 README; without a validator that is the user's call. The preset "identity" is ours, since the authors have none.
 
 Ours: `general` of the model's own words (`core.words.general`; name synonyms of the target in `exclude`) can be kept as well, for users who
-cannot say what is to stay. 0, the default, is the authors'.
+cannot say what is to stay, all rows with `general_weight` for each text to erase. 0, the default, is the authors'.
 
 Known failures: a small λ with several rounds makes c' explode and wrecks the model (A tends to Q⁻¹); past some ten concepts preservation
 collapses; attacks that optimise embeddings against the network still succeed."""
@@ -137,6 +137,8 @@ class RECE(Method):
     """Weight of every row of the kept texts, of which the empty prompt always is one (β)."""
     general: int = 0
     """How many of the model's words are kept beside the concepts to keep (ours; see above)."""
+    general_weight: float = 0.01
+    """Weight of every row of such a word, for each text to erase: what is kept has to keep up with what is erased."""
     regulariser: float = 0.1
     """Weight of staying near the maps of the round before (μ); above 0."""
     reference: Literal["current", "original"] = "current"
@@ -154,7 +156,8 @@ class RECE(Method):
 
     def __post_init__(self) -> None:
         choices = {"penalty": get_args(Penalty), "reference": ("current", "original"), "start": ("uce", "none"), "form": get_args(Form)}
-        positive, weights = ("embedding_weight", "regulariser", "start_regulariser"), ("erase_scale", "keep_weight", "tolerated_drop")
+        positive = ("embedding_weight", "regulariser", "start_regulariser")
+        weights = ("erase_scale", "keep_weight", "general_weight", "tolerated_drop")
         self.check_fields(at_least={"rounds": 0, "general": 0}, above_zero=positive, from_zero=weights, one_of=choices)
         start = self.start_keep_weight
         self.check_field("start_keep_weight", start is None or 0 <= start < math.inf, "a number of at least 0, or None")
@@ -162,11 +165,11 @@ class RECE(Method):
     def fit(self, model: Model, task: Task, *, seed: int = 0, resources: Resources = Resources()) -> WeightEdit:
         self.require(model, task)
         model.meter.reset()
-        pairs, kept = self.pairs(task), [*self.kept(task), *general(model, task, resources, self.general)]
+        pairs, kept, words = self.pairs(task), self.kept(task), general(model, task, resources, self.general)
         contest = Contest(model, resources.assets.get(ASSET), self.tolerated_drop)
         with model.frozen(), torch.no_grad(), advising(self._advice):
             contest.judge({})
-            sources = self.summed(model, pairs, kept)
+            sources = self.summed(model, pairs, kept, words)
             factors = {names: self.begin(source) for names, source in sources.items()}
             past = {names: source.start for names, source in sources.items()}
             contest.judge(factors)
@@ -179,7 +182,7 @@ class RECE(Method):
                 contest.judge(factors)
                 resources.report(len(trace), self.rounds, trace[-1])
             deltas, patches = kept_as(model, contest.best, self.form)
-        info = {"rounds": trace, "chosen": contest.chosen, "verdicts": contest.verdicts, "pairs": pairs, "kept": kept}
+        info = {"rounds": trace, "chosen": contest.chosen, "verdicts": contest.verdicts, "pairs": pairs, "kept": kept, "general": words}
         card = Card.of(model, method=self, task=task, seed=seed, cost=model.meter.read())
         return WeightEdit(deltas, card, {"trace": Part(info=info)}, patches)
 
@@ -199,7 +202,7 @@ class RECE(Method):
         """The empty prompt, and the texts of `task.keep`."""
         return ["", *(text for concept in task.keep for text in concept.texts)]
 
-    def summed(self, model: Model, pairs: Pairs, kept: Sequence[str]) -> dict[Names, Source]:
+    def summed(self, model: Model, pairs: Pairs, kept: Sequence[str], words: Sequence[str] = ()) -> dict[Names, Source]:
         """The sums over all rows by the names of the maps that read them; rows are encoded, added and forgotten."""
         found: dict[Names, Source] = {}
         for part in batches(pairs):
@@ -207,9 +210,12 @@ class RECE(Method):
                 if texts.names not in found:
                     found[texts.names] = self.source([slot.tensor for slot in model.slots(texts.names).values()])
                 self.erase(found[texts.names], texts, part)
-        for some in batches(kept):
-            for texts in read(model, some):
-                self.keep(found[texts.names], texts, some, len(kept))
+        start = max(0.1, 1 / len(kept)) if self.start_keep_weight is None else self.start_keep_weight
+        held = self.general_weight * len(pairs)
+        for whole, weights in ((kept, (start, self.keep_weight)), (words, (held, held))):
+            for some in batches(whole):
+                for texts in read(model, some):
+                    self.keep(found[texts.names], texts, some, weights)
         return found
 
     def source(self, weights: Sequence[Tensor]) -> Source:
@@ -230,11 +236,11 @@ class RECE(Method):
             rows = torch.cat([rows, texts.tokens[self.penalty_text].repeat(len(pairs), 1)], 1)
         source.rows.erase(rows, anchors, self.erase_scale)
 
-    def keep(self, source: Source, texts: Texts, kept: Sequence[str], total: int) -> None:
-        """Adds the rows of some of the `total` kept texts."""
+    def keep(self, source: Source, texts: Texts, kept: Sequence[str], weights: tuple[float, float]) -> None:
+        """Adds the rows of some kept texts, with their weights in UCE and in the rounds."""
         rows = torch.cat([texts.tokens[text] for text in kept])
-        source.start.keep(rows, max(0.1, 1 / total) if self.start_keep_weight is None else self.start_keep_weight)
-        source.rows.keep(rows, self.keep_weight)
+        source.start.keep(rows, weights[0])
+        source.rows.keep(rows, weights[1])
 
     def begin(self, source: Source) -> RightFactor:
         """UCE's edit; with `start="none"` it has no rows to erase, and is that which changes nothing."""

@@ -22,7 +22,7 @@ map's bias where it has one, so that the bias is not counted twice (a fault of t
 contexts (arXiv 2503.07389), not UCE's. Debiasing, which needs generated images, is not implemented.
 
 Ours: `general` of the model's own words (`core.words.general`; name synonyms of the target in `exclude`) can be kept as well, for users who
-cannot say what is to stay. 0, the default, is the authors'.
+cannot say what is to stay, all rows with `general_weight` for each text to erase. 0, the default, is the authors'.
 
 Known failures: a keep list of everything fights the erasure; many erased concepts outvote β; with "2025" words after the concept
 still carry it, since CLIP's text encoder is causal. SDXL's pooled embedding would not be edited.
@@ -101,6 +101,8 @@ class UCE(Method):
     """Whether the empty prompt is kept."""
     general: int = 0
     """How many of the model's words are kept beside the concepts to keep (ours; see above)."""
+    general_weight: float = 0.01
+    """Weight of every row of such a word, for each text to erase: what is kept has to keep up with what is erased."""
     expand: bool = False
     """Whether each concept also enters through five templates ("photo of …", for styles "painting by …")."""
     expand_guide: bool = False
@@ -110,7 +112,7 @@ class UCE(Method):
 
     def __post_init__(self) -> None:
         choices = {"technique": get_args(Technique), "scope": SCOPES, "keep_scope": SCOPES, "form": get_args(Form)}
-        self.check_fields(at_least={"general": 0}, above_zero=("regulariser",), from_zero=("erase_scale",), one_of=choices)
+        self.check_fields(at_least={"general": 0}, above_zero=("regulariser",), from_zero=("erase_scale", "general_weight"), one_of=choices)
         self.check_field("keep_weight", self.keep_weight is None or 0 <= self.keep_weight < math.inf, "a number of at least 0, or None")
         whole = self.technique == "replace" or self.form == "deltas"
         self.check_field("form", whole, "form='deltas' for the technique 'tensor', whose change is another one for each map")
@@ -118,17 +120,18 @@ class UCE(Method):
     def fit(self, model: Model, task: Task, *, seed: int = 0, resources: Resources = Resources()) -> WeightEdit:
         self.require(model, task)
         model.meter.reset()
-        pairs, kept = self.pairs(task), [*self.kept(task), *general(model, task, resources, self.general)]
+        pairs, kept, words = self.pairs(task), self.kept(task), general(model, task, resources, self.general)
         with model.frozen(), torch.no_grad(), advising(f"Raise uce's regulariser, now {self.regulariser}"):
             if self.technique == "replace":
-                solved = {names: s.solve(self.regulariser) for names, s in self.summed(model, pairs, kept).items()}
+                solved = {names: s.solve(self.regulariser) for names, s in self.summed(model, pairs, kept, words).items()}
                 conditions = [solution.condition for solution in solved.values()]
                 deltas, patches = kept_as(model, {names: solution.factor for names, solution in solved.items()}, self.form)
             else:
-                (deltas, conditions), patches = self.orthogonal(model, pairs, kept), ()
+                (deltas, conditions), patches = self.orthogonal(model, pairs, kept, words), ()
         resources.report(1, 1, {"condition": max(conditions)})
         card = Card.of(model, method=self, task=task, seed=seed, cost=model.meter.read())
-        return WeightEdit(deltas, card, {"trace": Part(info={"condition": conditions, "kept": kept, "pairs": pairs})}, patches)
+        info = {"condition": conditions, "kept": kept, "general": words, "pairs": pairs}
+        return WeightEdit(deltas, card, {"trace": Part(info=info)}, patches)
 
     def cost(self, model: Model, task: Task) -> dict[str, float]:
         """One solve, and no call of the denoiser."""
@@ -167,21 +170,26 @@ class UCE(Method):
         """Adds the rows of some texts to keep."""
         statistics.keep(torch.cat([cut(texts.tokens[text], texts.lengths[text], self.keep_scope) for text in kept]), weight)
 
-    def summed(self, model: Model, pairs: Sequence[tuple[str, str]], kept: Sequence[str]) -> dict[tuple[str, ...], Statistics]:
+    def summed(
+        self, model: Model, pairs: Sequence[tuple[str, str]], kept: Sequence[str], words: Sequence[str] = ()
+    ) -> dict[tuple[str, ...], Statistics]:
         """The sums over all rows by the names of the maps that read them; rows are encoded, added and forgotten."""
         found: dict[tuple[str, ...], Statistics] = {}
         for part in batches(pairs):
             for texts in read(model, [text for pair in part for text in pair]):
                 statistics = found.setdefault(texts.names, Statistics(texts.width, device=model.device))
                 self.erase(statistics, texts, part)
-        for some in batches(kept):
-            for texts in read(model, some):
-                self.keep(found[texts.names], texts, some, self.beta(kept))
+        for whole, weight in ((kept, self.beta(kept)), (words, self.general_weight * len(pairs))):
+            for some in batches(whole):
+                for texts in read(model, some):
+                    self.keep(found[texts.names], texts, some, weight)
         return found
 
-    def orthogonal(self, model: Model, pairs: Sequence[tuple[str, str]], kept: Sequence[str]) -> tuple[dict[str, Tensor], list[float]]:
+    def orthogonal(
+        self, model: Model, pairs: Sequence[tuple[str, str]], kept: Sequence[str], words: Sequence[str]
+    ) -> tuple[dict[str, Tensor], list[float]]:
         """The deltas of "tensor" by map, and the condition numbers; here all rows are held at once."""
-        statistics, slots = self.summed(model, pairs, kept), model.select("text_kv")
+        statistics, slots = self.summed(model, pairs, kept, words), model.select("text_kv")
         deltas: dict[str, Tensor] = {}
         conditions = []
         for texts in read(model, [text for pair in pairs for text in pair]):
