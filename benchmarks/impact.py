@@ -3,8 +3,9 @@
     python benchmarks/impact.py --out runs/impact --method uce                                      # one erasure in each of five groups
     python benchmarks/impact.py --out runs/impact-cat --method "age(preset='naive')" --targets cat   # against every fixed target
 
-Writes `impact.json` (every cell with its interval) and `impact.svg` (the heat map). `--targets NAME` erases that one concept once for each
-of the paper's fixed targets (neighbour, general word, unrelated concept, nothing), a row each, in the place of one concept a group.
+Writes `impact.json` (every cell with its interval) and `impact.svg` (the heat map); `--markdown FILE` a page with the heat map beside it.
+`--targets NAME` erases that one concept once for each of the paper's fixed targets (neighbour, general word, unrelated concept, nothing), a
+row each, in the place of one concept a group.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 
 from efface.bench.draw import Judges, draw
+from efface.bench.plan import Plan
 from efface.bench.protocols import impact
 from efface.bench.protocols.impact import Impact
 from efface.concepts import resolve
@@ -38,6 +41,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--each", type=int, default=20, help="pictures of each concept")
     parser.add_argument("--top", type=int, default=impact.TOP, help="k of DS-k")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--markdown", type=Path, help="write a page, and the heat map beside it")
     return parser.parse_args()
 
 
@@ -51,6 +55,40 @@ def tasks(args: argparse.Namespace) -> dict[str, Task]:
 
 def means(found: Impact) -> str:
     return ", ".join(f"{name} {100 * getattr(found, name):.1f}" for name in ("erasure", "within", "across", "asymmetry"))
+
+
+def page(args: argparse.Namespace, rows: Mapping[str, Impact], plan: Plan, judge: str) -> str:
+    """Markdown."""
+    what = f"“{args.targets}”, mapped to each of the paper's fixed targets" if args.targets else "one concept of each of five groups"
+    words = ["python benchmarks/impact.py", *(f'"{word}"' if " " in word or "'" in word else word for word in sys.argv[1:])]
+    first = next(iter(rows.values()))
+    lines = [
+        f"# Impact of erasing on neighbours and others: `{args.method}`",
+        "",
+        f"Erased: {what}. Δ(e, j) = G₀(j) − Gₑ(j): by how many points the share of {args.each} pictures of concept j in which the judge",
+        f"sees j among its {args.top} best guesses falls when e is erased: good where j is e, and harm elsewhere. Groups, the judge",
+        f"and the noise are the bundled model's ({len(first.concepts)} concepts, plan {plan.name} {plan.digest}, judge {judge}).",
+        "",
+        f"Made by `{' '.join(words)}`.",
+        "",
+        f"![heat map: rows are what was erased, columns all concepts]({args.markdown.with_suffix('.svg').name})",
+        "",
+        "| erased | itself | others of its group | other groups | hurt most (points, 95 % interval) |",
+        "| --- | ---: | ---: | ---: | --- |",
+    ]
+    for row, found in rows.items():
+        worst = max((cell for cell in found.cells if cell.erased != cell.concept), key=lambda cell: cell.impact)
+        change = worst.contrast.change
+        own, near, far = (f"{100 * getattr(found, name):.1f}" for name in ("erasure", "within", "across"))
+        ends = f"{100 * worst.impact:.0f} [{-100 * change.high:.0f} to {-100 * change.low:.0f}]"
+        lines.append(f"| {row} | {own} | {near} | {far} | {worst.concept}: {ends} |")
+    return "\n".join(lines) + "\n"
+
+
+def write(path: Path, text: str) -> None:
+    part = path.with_name(f"{path.name}.part")
+    part.write_text(text, encoding="utf-8")
+    part.replace(path)
 
 
 def main() -> None:
@@ -69,8 +107,11 @@ def main() -> None:
     named = replace(whole, cells=tuple(replace(cell, erased=row) for row, found in rows.items() for cell in found.cells))
     settings = {"plan": plan.name, "prompts": plan.digest, "seed": args.seed, "each": args.each, "detector": detector.version}
     data = {**named.json(), "means": whole.json()["means"], "rows": {row: found.json()["means"] for row, found in rows.items()}}
-    (args.out / "impact.json").write_text(json.dumps({**data, "settings": settings}, indent=1), encoding="utf-8")
-    (args.out / "impact.svg").write_text(figures.impact(named), encoding="utf-8")
+    write(args.out / "impact.json", json.dumps({**data, "settings": settings}, indent=1))
+    write(args.out / "impact.svg", figures.impact(named))
+    if args.markdown:
+        write(args.markdown.with_suffix(".svg"), figures.impact(named))
+        write(args.markdown, page(args, rows, plan, detector.version))
     sys.stdout.write(f"{args.method}: mean Δ in points: {means(whole)}\n")
 
 
