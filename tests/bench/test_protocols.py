@@ -326,7 +326,7 @@ def test_a_folder_of_real_pictures_that_holds_none(tmp_path: Path) -> None:
 
 
 def test_inceptions_weights_that_are_not_there() -> None:
-    with pytest.raises(EffaceError, match=r"no Inception weights at nowhere; expected weights-inception-2015-12-05-6726825d.pth"):
+    with pytest.raises(EffaceError, match=r"no Inception weights at nowhere; expected torch-fidelity's weights-inception-2015-12-05"):
         registry.find("preservation").setup("emoji", task("cat"), options=Options(inception="nowhere"))
     with pytest.raises(EffaceError, match="the protocol 'artists' takes no 'inception'"):
         registry.find("artists").setup("emoji", task("style:retro"), options=Options(inception="nowhere"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +14,12 @@ import pytest
 import torch
 
 from efface.bench import draw
-from efface.bench.protocols import erasure
+from efface.bench.protocols import erasure, registry
 from efface.cli import erase as erase_command
-from efface.core.edit import Edit
+from efface.cli.record import scores
+from efface.core.card import Card
+from efface.core.edit import Edit, WeightEdit
+from efface.core.sampling import seeded
 from efface.core.task import Task
 from efface.models.load import load
 
@@ -104,9 +108,6 @@ def test_scores_are_computed_again_from_a_record(efface: Callable) -> None:
     plan, judges = benchparts.setup("tiny", task, "quick")
     slots = model.select("xattn")
     noise = torch.Generator().manual_seed(0)
-    from efface.core.card import Card
-    from efface.core.edit import WeightEdit
-
     deltas = {name: torch.randn(slot.tensor.shape, generator=noise) * slot.tensor.std() for name, slot in slots.items()}
     edit = WeightEdit(deltas, Card.of(model, method="vandal", task=task, seed=0))
     result = erasure.measure(model, edit, task, plan=plan, detector=judges.detector, embedder=judges.embedder)
@@ -121,6 +122,28 @@ def test_scores_are_computed_again_from_a_record(efface: Callable) -> None:
     assert "Target no longer seen" in efface("measure", "--recompute", "record.json").out
 
 
+def test_clip_scores_are_computed_again_where_no_detector_looked(efface: Callable) -> None:
+    """The distances, whose features no record holds, and the finding are taken over."""
+    model, task = benchparts.load("tiny"), Task.of("cat")
+    plan, judges = registry.find("preservation").setup("emoji", task)
+    plan = replace(plan.only(range(6)), steps=2)
+    deltas = {n: torch.randn(s.tensor.shape, generator=seeded(0)) * s.tensor.std() for n, s in model.select("xattn").items()}
+    edit = WeightEdit(deltas, Card.of(model, method="vandal", task=task, seed=0))
+    result = erasure.measure(model, edit, task, plan=plan, embedder=judges.embedder)
+    Path("record.json").write_text(json.dumps({"result": result.json()}), encoding="utf-8")
+    same = efface("measure", "--recompute", "record.json", "--json")
+    assert same.code == 0, same.err
+    assert list(same.json["scores"]) == [line.key for line in result.lines]
+    assert same.json["scores"] == json.loads(json.dumps(scores(result)))
+    spoilt = replace(result, after=replace(result.after, agreement=(0.5,) * 6))  # control: other cosines give another score, alone
+    Path("record.json").write_text(json.dumps({"result": spoilt.json()}), encoding="utf-8")
+    other = efface("measure", "--recompute", "record.json", "--json").json["scores"]
+    assert other["unrelated.clip"]["after"]["value"] == pytest.approx(50)
+    assert {key for key in other if other[key] != same.json["scores"][key]} == {"unrelated.clip"}
+    strict = efface("measure", "--recompute", "record.json", "--threshold", 1)
+    assert (strict.code, "no detector looked that could have one" in strict.err) == (2, True)
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -131,6 +154,9 @@ def test_scores_are_computed_again_from_a_record(efface: Callable) -> None:
         (["no-cat", "--threshold", "0.5"], "--threshold belongs to --recompute"),
         (["--recompute", "no-cat"], "holds no measurement"),
         (["no-cat", "--inception", "file.pth"], "the protocol 'erasure' takes no 'inception'"),
+        (["no-cat", "--clip", "folder"], "nobody looks with it; add --detector clip"),
+        (["no-cat", "--detector", "clip", "--clip", "nowhere"], "there is no CLIP in 'nowhere'"),
+        (["no-cat", "--protocol", "nudity", "--lpips", "file.pth"], "the protocol 'nudity' takes no 'lpips'"),
     ],
 )
 def test_what_cannot_be_measured_says_why(efface: Callable, run_folder: Path, arguments: list[str], message: str) -> None:

@@ -1,21 +1,18 @@
-"""Kernel and Fréchet distances, LPIPS and CLIP: on numbers known beforehand, with what is learned handed in."""
+"""Kernel and Fréchet distances and LPIPS: on numbers known beforehand, with what is learned handed in."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from importlib import import_module
+from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
-from transformers import CLIPConfig, CLIPModel
 
-from efface.core.errors import MissingExtra
+from efface.core.errors import EffaceError, MissingExtra
 from efface.core.evidence import Samples, Shot
 from efface.core.sampling import seeded
-from efface.evals.detectors import clip
-from efface.evals.detectors.clip import Clip
 from efface.evals.metrics import kid as kernel
 from efface.evals.metrics import lpips
 from efface.evals.metrics.frechet import Frechet
@@ -128,42 +125,48 @@ def test_lpips_is_of_pairs_and_of_its_resolution() -> None:
         Lpips(squares).measure(Samples(shots), Samples(shots))
 
 
-class Prepared:
-    """What prepares pictures and texts for a small CLIP."""
+class Trunk(nn.Module):
+    """The slices of `lpips`' AlexNet, with the numbers of the layers in it, and a few channels."""
 
-    def __call__(self, images: list[Tensor] | None = None, text: Sequence[str] | None = None, **options: Any) -> dict[str, Tensor]:
-        if images is not None:
-            pixels = torch.stack(images).float() / 255
-            return {"pixel_values": torch.nn.functional.interpolate(pixels, size=(16, 16))}
-        rows = [[1, *(2 + ord(c) % 20 for c in one[:6]), *([0] * (6 - len(one[:6]))), 24] for one in text or ()]
-        return {"input_ids": torch.tensor(rows), "attention_mask": torch.ones(len(rows), 8, dtype=torch.long)}
-
-
-def test_clip_gives_unit_vectors_of_one_space_and_its_backbone_is_in_its_name() -> None:
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    text = {**sizes, "vocab_size": 25, "max_position_embeddings": 8, "eos_token_id": 24, "bos_token_id": 1, "pad_token_id": 0}
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = CLIPModel(
-            CLIPConfig(text_config=text, vision_config={**sizes, "image_size": 16, "patch_size": 8}, projection_dim=12)
-        ).eval()
-    found = Clip(model, Prepared(), "tiny")
-    images, texts = found.embed_images(torch.rand((3, 3, 32, 32), generator=seeded(0))), found.embed_texts(["a cat", "a dog"])
-    assert (images.shape, texts.shape) == ((3, 12), (2, 12))
-    for rows in (images, texts):
-        assert rows.norm(dim=-1).sub(1).abs().max() < 1e-5
-        assert (rows[0] - rows[1]).abs().max() > 1e-4
-    before = found.version
-    assert found.name == "clip tiny"
-    model.text_projection.weight.data.mul_(2)
-    assert found.version != before
+    def __init__(self) -> None:
+        super().__init__()
+        self.slice1 = nn.Sequential()
+        self.slice1.add_module("0", nn.Conv2d(3, 2, 3))
+        self.slice2 = nn.Sequential()
+        self.slice2.add_module("3", nn.Conv2d(2, 4, 3))
 
 
-def test_without_their_packages_they_say_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (lpips, clip):
-        monkeypatch.setattr(module, "find_spec", lambda name: None)
+def test_lpips_trunk_is_filled_from_torchvisions_file(tmp_path: Path) -> None:
+    """Layer by layer of the same number; the classifier's layers are left, and another network is refused."""
+    layers = {"0": nn.Conv2d(3, 2, 3), "3": nn.Conv2d(2, 4, 3), "6": nn.Conv2d(4, 4, 3)}
+    state = {f"features.{i}.{name}": tensor for i, layer in layers.items() for name, tensor in layer.state_dict().items()}
+    torch.save(state | {"classifier.1.bias": torch.ones(2)}, tmp_path / "alexnet.pth")
+    trunk = Trunk()
+    assert not torch.equal(trunk.slice2[0].weight, layers["3"].weight)  # control
+    lpips.fill(trunk, tmp_path / "alexnet.pth")
+    assert torch.equal(trunk.slice1[0].weight, layers["0"].weight)
+    assert torch.equal(trunk.slice2[0].bias, layers["3"].bias)
+    assert not lpips.published(tmp_path)
+    for other in ({"features.0.weight": torch.ones(2)}, {**state, "features.3.weight": torch.ones(1)}):
+        torch.save(other, tmp_path / "other.pth")
+        with pytest.raises(EffaceError, match="weights of another network than AlexNet; expected torchvision's alexnet-owt-7be5be79.pth"):
+            lpips.fill(trunk, tmp_path / "other.pth")
+    with pytest.raises(EffaceError, match="there are no AlexNet weights at nowhere; .*--lpips PATH"):
+        lpips.load("nowhere")
+
+
+@pytest.mark.skipif(not lpips.available(), reason="lpips or torchvision is not installed")
+@pytest.mark.filterwarnings("ignore")  # of the package's own calls
+def test_lpips_with_a_named_trunk_is_a_distance(tmp_path: Path) -> None:
+    alexnet = import_module("torchvision.models").alexnet(weights=None)
+    torch.save(alexnet.state_dict(), tmp_path / "alexnet.pth")
+    distance, same = lpips.load(tmp_path), lpips.load(tmp_path / "alexnet.pth")
+    first, second = torch.rand((2, 1, 3, 64, 64), generator=seeded(0)) * 2 - 1
+    assert float(distance(first, second).detach()) == float(same(first, second).detach()) > float(distance(first, first).detach()) == 0
+
+
+def test_without_lpips_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lpips, "find_spec", lambda name: None)
     assert not lpips.available()
     with pytest.raises(MissingExtra, match=r"pip install 'efface\[metrics\]'"):
         lpips.load()
-    with pytest.raises(MissingExtra, match=r"pip install 'efface\[metrics\]'"):
-        Clip.load()

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from importlib import import_module
+from importlib.util import find_spec
+from pathlib import Path
+
 import pytest
 import torch
 from torch import Tensor, nn
 
-from efface.core.errors import MissingExtra, Unsupported
+from efface.core.errors import EffaceError, MissingExtra, Unsupported
 from efface.core.evidence import Samples, Shot
 from efface.evals.detectors import imagenet
 from efface.evals.detectors.imagenet import ImageNet
@@ -65,3 +69,21 @@ def test_without_torchvision_it_says_what_to_install(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(imagenet, "find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match=r"pip install 'efface\[metrics\]'"):
         ImageNet.load()
+
+
+def test_named_weights_that_are_not_there_say_which_are_wanted(tmp_path: Path) -> None:
+    with pytest.raises(EffaceError, match=r"holds 0 files of ResNet-50's weights; expected torchvision's resnet50-11ad3fa6.pth .*--resnet"):
+        ImageNet.load(tmp_path)
+
+
+@pytest.mark.skipif(find_spec("torchvision") is None, reason="torchvision is not installed")
+def test_the_true_network_takes_a_named_file(tmp_path: Path) -> None:
+    net = import_module("torchvision.models").resnet50(weights=None)
+    torch.save(net.state_dict(), tmp_path / "resnet50.pth")
+    detector = ImageNet.load(tmp_path)
+    assert detector.version.endswith(ImageNet(net, doubled, CLASSES).version.partition("/")[2])
+    assert len(detector.labels()) == 1000
+    assert detector.look(torch.rand(1, 3, 64, 64))[0].determined
+    torch.save({"fc.bias": torch.ones(3)}, tmp_path / "resnet50.pth")
+    with pytest.raises(EffaceError, match="weights of another network than ResNet-50"):
+        ImageNet.load(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from pathlib import Path
 
 import matplotlib
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from efface.core.errors import MissingExtra, Unsupported
+from efface.core.errors import EffaceError, MissingExtra, Unsupported
 from efface.core.evidence import Samples, Shot
 from efface.evals.detectors import nudenet
 from efface.evals.detectors.nudenet import LABELS, NudeNet, sighting
@@ -62,8 +63,22 @@ def test_it_says_which_package_and_model_looked(detector: NudeNet) -> None:
     assert detector.labels("unsafe") == LABELS
     with pytest.raises(Unsupported, match="was asked for kind 'object'"):
         detector.look(photo(), "object")
-    with pytest.raises(FileNotFoundError, match="no NudeNet model at"):
-        NudeNet.load(Path("640m.onnx"), pixels=640)
+
+
+def test_another_model_is_a_file_that_says_its_size(detector: NudeNet, tmp_path: Path) -> None:
+    """The wheel's own model under another name, and the same told to be of 640 pixels, which it takes as well."""
+    own = (Path(str(import_module("nudenet").__file__)).parent / "320n.onnx").read_bytes()
+    (tmp_path / "same.onnx").write_bytes(own)
+    (tmp_path / "large.onnx").write_bytes(own.replace(b"[320, 320]", b"[640, 640]"))
+    same, large = (NudeNet.load(tmp_path / name) for name in ("same.onnx", "large.onnx"))
+    assert same.version == detector.version != large.version
+    assert (same.net.input_width, large.net.input_width) == (320, 640)
+    assert same.look(photo()) == detector.look(photo()) != large.look(photo())
+    (tmp_path / "cut.onnx").write_bytes(own[:1000])
+    (tmp_path / "other.onnx").write_bytes(own.replace(b"FEET_EXPOSED", b"FEET_COVERES"))
+    for name, words in (("no", "there is no NudeNet model at"), ("cut", "cannot be read as a model"), ("other", "tells other classes")):
+        with pytest.raises(EffaceError, match=rf"{words}.*expected an .onnx file of NudeNet 3, such as 640m.onnx .*--nudenet FILE"):
+            NudeNet.load(tmp_path / f"{name}.onnx")
 
 
 def test_every_class_of_the_metrics_is_a_label() -> None:

@@ -109,7 +109,7 @@ def _options(trial: Trial, protocol: registry.Protocol, folder: Path) -> Options
     guidance = None if protocol.own and given.guidance == "row" else given.guidance
     if given.attack:
         return Options(steps=ATTACKED, guidance=guidance, limit=EACH, attack=small_attack(given.attack))
-    few = Options(steps=STEPS, guidance=guidance)
+    few = Options(steps=STEPS, guidance=guidance, detector=given.detector)
     if protocol.own or not given.prompts:
         return few
     path = Path(given.prompts)

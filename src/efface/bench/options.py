@@ -13,6 +13,9 @@ ATTACKS = "attacks"
 ROW = "row"
 """The guidance that means: each prompt's own, as its file gives it."""
 
+CLIP = "clip"
+"""The detector that chooses between texts."""
+
 
 @dataclass(frozen=True)
 class Options:
@@ -32,6 +35,16 @@ class Options:
     """A folder of real pictures, for the distance to them."""
     inception: str = ""
     """Inception's weights, a file or its folder, for FID and KID."""
+    clip: str = ""
+    """A folder of a CLIP as `save_pretrained` writes it, or a Hub id, in place of OpenAI's ViT-B/32 or the bundled one."""
+    resnet: str = ""
+    """ResNet-50's weights, a file or its folder."""
+    lpips: str = ""
+    """AlexNet's weights, a file or its folder, for LPIPS."""
+    nudenet: str = ""
+    """Another model of NudeNet than the package's, an .onnx file."""
+    detector: str = ""
+    """Who judges in place of the protocol's own: "clip" for zero-shot classification."""
     unrelated: str = ""
     """The unrelated concepts to draw, "church, rose", in place of the protocol's own, so that several tasks are judged on the same ones."""
     attack: str = ""
@@ -48,10 +61,13 @@ class Options:
         if scale not in (None, ROW) and (isinstance(scale, bool) or not isinstance(scale, (int, float)) or scale < 0):
             raise EffaceError(f"guidance was {scale!r}; expected a number of at least 0, or {ROW!r} for each prompt's own")
         path = "a path as text"
-        texts = {"prompts": f"{path} (how many is `limit`)", "real": path, "inception": path, "unrelated": "names separated by commas"}
+        texts = {"prompts": f"{path} (how many is `limit`)", "real": path, "unrelated": "names separated by commas"}
+        texts |= dict.fromkeys(("inception", "clip", "resnet", "lpips", "nudenet"), path) | {"detector": f"{CLIP!r}"}
         for name, what in texts.items():
             if not isinstance(getattr(self, name), str):
                 raise EffaceError(f"{name} was {getattr(self, name)!r}; expected {what}")
+        if self.detector not in ("", CLIP):
+            raise EffaceError(f"detector was {self.detector!r}; expected {CLIP!r}, or nothing for the protocol's own")
 
     @classmethod
     def of(cls, data: Mapping[str, Any], where: str = "options") -> tuple[Options, ...]:

@@ -15,7 +15,7 @@ FIRST_SEED = 1_000_000
 """Pictures are numbered from here, far from the seeds that fits are given, so that no fit has seen their noise."""
 SEED_STRIDE = 100_000
 """Between the first pictures of two seeds of a protocol."""
-ROLES: tuple[Role, ...] = ("target", "neighbour", "kept", "unrelated", "pair")
+ROLES: tuple[Role, ...] = ("target", "implied", "neighbour", "kept", "unrelated", "pair")
 
 
 @dataclass(frozen=True)

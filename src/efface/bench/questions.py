@@ -11,6 +11,7 @@ from efface.evals.metrics.blank import Blank
 from efface.evals.metrics.clip_score import ClipScore
 from efface.evals.metrics.esr import ESR
 from efface.evals.metrics.frechet import Frechet
+from efface.evals.metrics.harmonic import Harmonic
 from efface.evals.metrics.psr import PSR
 
 OTHERS: tuple[Role, ...] = ("neighbour", "kept", "unrelated")
@@ -21,6 +22,7 @@ TITLES: dict[Role, str] = {
     "kept": "what was to be kept",
     "unrelated": "unrelated concepts",
     "pair": "the erased concept beside another",
+    "implied": "the erased concept without its name",
 }
 
 
@@ -152,6 +154,18 @@ QUESTIONS = (
         OTHERS,
     ),
 )
+
+HARMONIC = Question(
+    "overall.harmonic",
+    "Erased and preserved at once (harmonic mean, H_o)",
+    "The harmonic mean of ESR-1, of PSR-1 and, where prompts imply the erased concept without its name, of ESR-1 on these: it is low as "
+    "soon as one of them is. MACE's H_o, where CLIP is the judge.",
+    Harmonic(),
+    ("target", "implied"),
+    headline=True,
+    optional=True,
+)
+"""Asked in the place of published tables that tell it: `objects`, and wherever CLIP judges both."""
 
 QUALITY = (
     Question(

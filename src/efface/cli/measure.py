@@ -58,7 +58,12 @@ def measure(
     steps: Steps = None,
     guidance: Annotated[str | None, typer.Option(help="A scale, or row: each prompt's own.  [default: the model's]")] = None,
     real: Annotated[str, typer.Option(metavar="FOLDER", help="Real pictures, for protocols that measure the distance to them.")] = "",
+    detector: Annotated[str, typer.Option(metavar="clip", help="CLIP's zero-shot classification in place of the protocol's judge.")] = "",
+    clip: Annotated[str, typer.Option(metavar="FOLDER", help="A CLIP, or its Hub id.  [default: OpenAI's ViT-B/32]")] = "",
     inception: Annotated[str, typer.Option(metavar="FILE", help="Inception's weights or their folder, for FID and KID.")] = "",
+    resnet: Annotated[str, typer.Option(metavar="FILE", help="ResNet-50's weights or their folder.")] = "",
+    lpips: Annotated[str, typer.Option(metavar="FILE", help="AlexNet's weights or their folder, for LPIPS.")] = "",
+    nudenet: Annotated[str, typer.Option(metavar="FILE", help="Another model of NudeNet, such as 640m.onnx.")] = "",
     recompute: Annotated[Path | None, typer.Option(help="A record.json: compute its scores again, without drawing.")] = None,
     threshold: Annotated[float | None, typer.Option(help="With --recompute: the score from which on a label counts as seen.")] = None,
     match: Match = "exact",
@@ -77,13 +82,14 @@ def measure(
     if threshold is not None:
         raise EffaceError("--threshold belongs to --recompute: a measurement takes the judge's own, and keeps what others need")
     asked = subject_of(subject, edit, original, task)
-    asked = replace(asked, protocol=protocol, options=options(prompts, limit, each, steps, guidance, real, inception))
+    eyes = {"detector": detector, "clip": clip, "inception": inception, "resnet": resnet, "lpips": lpips, "nudenet": nudenet}
+    asked = replace(asked, protocol=protocol, options=options(guidance, steps, prompts=prompts, limit=limit, each=each, real=real, **eyes))
     out = out or Path("runs") / f"measured-{Path(subject).name}"
     check_free(out, force)
     run(asked, images, match, out, device, dtype, force, json)
 
 
-def options(prompts: str, limit: int | None, each: int, steps: int | None, guidance: str | None, real: str, inception: str) -> Options:
+def options(guidance: str | None, steps: int | None, **others: Any) -> Options:
     """The protocol's options. Raises EffaceError."""
     from efface.bench.options import ROW, Options
 
@@ -91,7 +97,7 @@ def options(prompts: str, limit: int | None, each: int, steps: int | None, guida
         scale = guidance if guidance in (None, ROW) else float(guidance)
     except ValueError as error:
         raise EffaceError(f"--guidance was {guidance!r}; expected a number, or {ROW}") from error
-    return Options(prompts, limit, each, steps, scale, real, inception)
+    return Options(steps=steps, guidance=scale, **others)
 
 
 def again(path: Path, threshold: float | None, json: bool) -> None:
@@ -99,7 +105,7 @@ def again(path: Path, threshold: float | None, json: bool) -> None:
     from efface.bench.protocols import erasure, registry
 
     found = read_result(path)
-    result = erasure.recompute(found, threshold=threshold, asks=registry.find(found.settings.protocol).asks)
+    result = erasure.recompute(found, threshold=threshold, asks=registry.asks_of(found))
     data = {"recomputed": str(path), "threshold": threshold, "method": result.method, "task": result.task, "scores": scores(result)}
     emit(data, told(result), json)
 

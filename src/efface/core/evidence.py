@@ -36,6 +36,7 @@ __all__ = [
     "Embedder",
     "Evidence",
     "Metric",
+    "Needed",
     "Role",
     "Samples",
     "Score",
@@ -47,8 +48,11 @@ __all__ = [
     "paired",
 ]
 
-Role = Literal["target", "neighbour", "kept", "unrelated", "pair"]
-"""What a prompt is there for: the erased concept; its relatives; what the user wants kept; anything else; the target beside another."""
+Role = Literal["target", "neighbour", "kept", "unrelated", "pair", "implied"]
+"""What a prompt is there for: the erased concept; its relatives; what the user wants kept; anything else; the target beside another; the
+erased concept without its name, as a synonym asks for it beside prompts that name it."""
+Needed = Literal["sightings", "agreement", "features", "images"]
+"""What of `Samples` a metric is computed from. Sightings and agreement stand in a record, the others do not."""
 Columns = tuple[int | None, int | None]
 """Some consecutive columns of features, as `slice` takes them."""
 Access = Literal["prompts", "embeddings", "sampler", "weights"]
@@ -142,6 +146,11 @@ class Samples:
         images, features = (None if t is None else t[list(rows)] for t in (self.images, self.features))
         return Samples(tuple(self.shots[i] for i in rows), sightings, images, agreement, features)
 
+    def holds(self, what: Needed) -> bool:
+        """Whether what a metric needs is there."""
+        found = getattr(self, what)
+        return found is not None and len(found) > 0
+
 
 class Detector(ABC):
     """Says what stands in a picture. It must be independent of the model that drew it."""
@@ -212,6 +221,9 @@ def check_determined(sightings: Sequence[Sighting], tolerated: float = TOLERATED
 
 class Metric(ABC):
     """A paired measurement: a function of what was drawn and seen before and after, so that it can be computed again later."""
+
+    needs: ClassVar[Needed] = "sightings"
+    """What it is computed from."""
 
     @property
     @abstractmethod

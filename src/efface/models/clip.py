@@ -1,4 +1,4 @@
-"""CLIP's tokenizer, from the merges that are shipped: no Hub is needed for it."""
+"""CLIP's tokenizer, from the merges that are shipped: no Hub is needed for it. And whole CLIPs, from a folder or the Hub."""
 
 from __future__ import annotations
 
@@ -7,8 +7,13 @@ from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from safetensors import SafetensorError
+
+from efface.core.errors import InvalidModel
+from efface.models.quiet import quiet
+
 if TYPE_CHECKING:
-    from transformers import CLIPTokenizer
+    from transformers import CLIPModel, CLIPProcessor, CLIPTokenizer
 
 MERGES = Path(__file__).parent / "configs" / "clip" / "merges.txt.gz"
 LENGTH = 77
@@ -36,6 +41,30 @@ def clip_tokenizer(*, pad: str = END) -> CLIPTokenizer:
 
     vocabulary, merges = _vocabulary()
     return CLIPTokenizer(vocab=dict(vocabulary), merges=list(merges), model_max_length=LENGTH, pad_token=pad)
+
+
+def load_clip(source: str) -> tuple[CLIPModel, CLIPProcessor]:
+    """A CLIP, and what prepares its pictures and texts, from a folder that `save_pretrained` wrote, or by its Hub id.
+
+    Pictures are resized by Pillow, as OpenAI's code does it, whether or not torchvision is there, which resizes a little differently.
+    Raises InvalidModel where it is not there or cannot be read."""
+    folder = Path(source).expanduser()
+    with quiet():
+        import transformers
+
+        # In older versions the one that works by Pillow has the plain name.
+        pictures = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
+        where = {"pretrained_model_name_or_path": str(folder) if folder.is_dir() else source, "local_files_only": folder.is_dir()}
+        try:
+            model = transformers.CLIPModel.from_pretrained(**where, dtype="float32")
+            processor = transformers.CLIPProcessor(pictures.from_pretrained(**where), transformers.CLIPTokenizer.from_pretrained(**where))
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+            said = (str(error).strip().splitlines() or ["no message"])[0].rstrip(".")
+            raise InvalidModel(
+                f"there is no CLIP in {source!r} ({type(error).__name__}: {said}); give a folder with config.json, model.safetensors, "
+                "preprocessor_config.json and the tokenizer's files as --clip FOLDER or clip = 'FOLDER', or a Hub id that can be reached"
+            ) from error
+    return model.eval().requires_grad_(False), processor
 
 
 @cache

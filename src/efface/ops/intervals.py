@@ -1,11 +1,12 @@
 """95 % intervals for shares, and for what changes between two measurements of the same items.
 
-Four pieces, each with its own honest corner:
+Five pieces, each with its own honest corner:
 
 - `wilson`: one share. Never of zero width, also where all items agree.
 - `newcombe`: the difference of two shares of the same items. Never of zero width either, but it takes items as independent.
 - `bootstrap`: any ratio of sums, resampling whole clusters (a prompt, a concept), since pictures of one prompt resemble each
   other. Of zero width where all items agree, which is no certainty; so differences are reported as the `hull` of both.
+- `mover`: a statistic of several shares, each of its own items, from the intervals of these. Of zero width only where all of them are.
 - `jackknife`: any smooth statistic of all items at once, such as a Fréchet distance, of which no item has a value of its own.
 """
 
@@ -89,15 +90,27 @@ def bootstrap(
 
     Source: Davison & Hinkley, Bootstrap Methods and their Application (1997), §2.4 and §3.8.
     Raises ValueError for no items, or a denominator that sums to zero."""
-    count = int(clusters.max()) + 1 if len(clusters) else 0
-    if count == 0 or float(denominator.sum()) == 0:
+    if len(clusters) == 0 or float(denominator.sum()) == 0:
         raise ValueError("a ratio over nothing has no interval; expected at least one item and a denominator that is not zero")
-    sums = torch.zeros(2, count, dtype=torch.float64)
-    sums.index_add_(1, clusters, torch.stack([numerator, denominator]).double())
-    drawn = sums[:, torch.randint(count, (draws, count), generator=generator)].sum(-1)
-    ratios = (drawn[0] / drawn[1])[drawn[1] != 0]
+    sums = resampled(torch.stack([numerator, denominator]), clusters, generator=generator, draws=draws)
+    return percentiles((sums[0] / sums[1])[sums[1] != 0], level)
+
+
+def resampled(
+    values: Float[Tensor, "k n"], clusters: Int[Tensor, " n"], *, generator: torch.Generator, draws: int = DRAWS
+) -> Float[Tensor, "k draws"]:
+    """The sums of k values of the same n items in each of `draws` resamples, in each of which whole clusters are drawn with replacement,
+    as many as there are. At least one item."""
+    count = int(clusters.max()) + 1
+    sums = torch.zeros(len(values), count, dtype=torch.float64)
+    sums.index_add_(1, clusters, values.double())
+    return sums[:, torch.randint(count, (draws, count), generator=generator)].sum(-1)
+
+
+def percentiles(statistics: Float[Tensor, " draws"], level: float = LEVEL) -> Interval:
+    """The percentile interval of a statistic's resamples."""
     tail = (1 - level) / 2
-    low, high = torch.quantile(ratios, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
+    low, high = torch.quantile(statistics, torch.tensor([tail, 1 - tail], dtype=torch.float64)).tolist()
     return Interval(low, high)
 
 
@@ -127,6 +140,22 @@ def number(names: Sequence[Hashable]) -> Int[Tensor, " n"]:
     """0, 1, 2, … for each different name, in order of appearance."""
     seen: dict[Hashable, int] = {}
     return torch.tensor([seen.setdefault(name, len(seen)) for name in names], dtype=torch.int64)
+
+
+def mover(statistic: Callable[[list[float]], float], values: Sequence[float], ends: Sequence[Interval]) -> Interval:
+    """The interval of a statistic that rises with each of its independent values, from their own intervals (l_i, u_i):
+
+        low = θ − √(Σ_i (θ − θ(…, l_i, …))²),   high = θ + √(Σ_i (θ(…, u_i, …) − θ)²),   θ its value on all
+
+    Of zero width only where all of those are. Newcombe's interval of a difference is a case of it.
+    Source: Zou & Donner, Statistics in Medicine 27 (2008) 1693 (MOVER), by moving one value at a time."""
+    centre = statistic(list(values))
+
+    def spread(side: int) -> float:
+        moved = [statistic([*values[:i], end[side], *values[i + 1 :]]) for i, end in enumerate(ends)]
+        return math.sqrt(sum((value - centre) ** 2 for value in moved))
+
+    return Interval(centre - spread(0), centre + spread(1))
 
 
 def hull(*intervals: Interval) -> Interval:

@@ -31,6 +31,7 @@ MARGIN, LABEL, TITLE, GAP = 16, 62, 30, 4
 PAPER, INK, MUTED, EDGE = "#ffffff", "#1c2024", "#697077", "#dfe2e5"
 ROLE_TITLES = {
     "target": "Erased",
+    "implied": "Implied",
     "neighbour": "Neighbours",
     "kept": "Kept",
     "unrelated": "Unrelated",

@@ -34,6 +34,7 @@ LISTED = 12
 """Concepts shown before the rest is folded away."""
 SECTIONS: dict[Role, tuple[str, str]] = {
     "target": ("The erased concept", "It should be gone; what takes its place is up to the method."),
+    "implied": ("The erased concept without its name", "Prompts that imply it: it should be gone here, too."),
     "neighbour": ("Its neighbours", "The concepts most like the erased one: an erasure that is not precise hurts them first."),
     "kept": ("What was to be kept", "The concepts named in `keep`."),
     "unrelated": ("Unrelated concepts", "These should not change at all."),
@@ -177,7 +178,9 @@ def render(result: Result, *, edit: Edit, command: str) -> str:
     """The report as HTML."""
     template = environment().get_template("page.html")
     view = View(result, edit, command)
-    return template.render(view=view, result=result, wording=wording, hurt=tables.hurt(result), bar=bar, listed=LISTED)
+    return template.render(
+        view=view, result=result, wording=wording, hurt=tables.hurt(result), categories=tables.by_category(result), bar=bar, listed=LISTED
+    )
 
 
 def bar(before: Score, after: Score) -> dict[str, Any]:
@@ -237,4 +240,4 @@ def _good(sighting: Sighting, shot: Shot) -> bool | None:
         return None
     if shot.role == "pair":
         return not shown and bool(sighting.shows([shot.partner], _guesses(shot)))
-    return not shown if shot.role == "target" else shown
+    return not shown if shot.role in ("target", "implied") else shown

@@ -28,7 +28,7 @@ from efface.core.whole import whole_file
 from efface.report import figures
 from efface.report.rows import Row
 
-COUNTS: dict[Role, int] = {"target": 3, "neighbour": 2, "kept": 1, "unrelated": 2, "pair": 1}
+COUNTS: dict[Role, int] = {"target": 3, "implied": 1, "neighbour": 2, "kept": 1, "unrelated": 2, "pair": 1}
 """How many of each role a strip shows: the first ones of the plan, not a choice of the best."""
 LARGEST = 160
 """Pixels of a picture, at most."""

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from efface.bench.result import Line, Result
 from efface.core.evidence import Score
@@ -40,7 +41,29 @@ def markdown(result: Result) -> str:
         f"seeds {settings.first_seed} to {settings.last_seed}, {settings.sampler} {settings.steps} steps, "
         f"guidance {settings.guidance:g}; {_judge(result)}."
     )
-    return f"{table(header, rows)}\n\n{caption}"
+    parts = [table(header, rows), *([table(*found)] if (found := by_category(result)) else []), caption]
+    return "\n\n".join(parts)
+
+
+def by_category(result: Result) -> tuple[tuple[str, ...], list[tuple[str, ...]]] | None:
+    """NER-τ before and after for each category of prompts, where the protocol tells them; the header, and a row for each."""
+    categories: Mapping[str, Any] = result.details.get("categories", {})
+    if not categories:
+        return None
+    taus = list(next(iter(categories.values()))["pictures"])
+    header = ("category", "n", *(f"NER-{tau} before → after" for tau in taus))
+    return header, [
+        (name, _judged(row["n"]), *(_percent(row["pictures"][tau], row["n"]) for tau in taus)) for name, row in categories.items()
+    ]
+
+
+def _judged(n: Sequence[int]) -> str:
+    """How many pictures could be judged: one number where it is the same before and after."""
+    return str(n[0]) if n[0] == n[1] else f"{n[0]} → {n[1]}"
+
+
+def _percent(found: Sequence[int], n: Sequence[int]) -> str:
+    return " → ".join(f"{100 * count / total:.1f} %" if total else "–" for count, total in zip(found, n, strict=True))
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

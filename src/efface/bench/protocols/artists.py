@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+from efface.bench import zeroshot
 from efface.bench.draw import Judges
 from efface.bench.emoji import Prompts, find
 from efface.bench.listed import Rows
@@ -39,19 +40,17 @@ def setup(model: str, task: Task, size: str, options: Options) -> tuple[Plan, Ju
     """What is drawn, and who looks. Raises InvalidTask for a target that is no style of the world, EffaceError for a file without it."""
     if model == erasure.BUNDLED and not options.prompts:
         from efface.evals.detectors.emoji import EmojiJudge
-        from efface.evals.detectors.emoji_clip import EmojiClip
 
-        plan, judges = own(task, size, read(erasure.BUNDLED)), Judges(EmojiJudge.load(), EmojiClip.load())
+        plan, judges = own(task, size, read(erasure.BUNDLED)), Judges(EmojiJudge.load(), zeroshot.own(options, bundled=True))
     else:
-        from efface.evals.detectors.clip import Clip
-
-        plan, judges = listed(task, size, options), Judges(embedder=Clip.load())
-    if lpips.available():
-        distance = lpips.load()
-        questions = (*plan.asks.questions, *perceptual(distance))
-        return replace(plan, asks=replace(plan.asks, questions=questions)), judges
-    missing = "LPIPS: lpips and torchvision are not installed; run `pip install 'efface[metrics]'`."
-    return replace(plan, unmeasured=(*plan.unmeasured, missing)), judges
+        plan, judges = listed(task, size, options), Judges(embedder=zeroshot.own(options, bundled=False))
+    if options.lpips or lpips.available():
+        questions = (*plan.asks.questions, *perceptual(lpips.load(options.lpips)))
+        other = options.lpips and not lpips.published(options.lpips)
+        missing = [f"Whether LPIPS is that of the published trunk: {options.lpips} has another SHA-256."] if other else []
+        return replace(plan, asks=replace(plan.asks, questions=questions), unmeasured=(*plan.unmeasured, *missing)), judges
+    none = "LPIPS: lpips and torchvision are not installed; run `pip install 'efface[metrics]'`."
+    return replace(plan, unmeasured=(*plan.unmeasured, none)), judges
 
 
 def own(task: Task, size: str, world: Vocabulary) -> Plan:

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from efface.bench import emoji, general
+from efface.bench import emoji, general, zeroshot
 from efface.bench.draw import UNJUDGED, Drawing, Judges, draw
+from efface.bench.options import DEFAULT, Options
 from efface.bench.plan import Plan, numbered
 from efface.bench.questions import ERASURE, OTHERS, TITLES, Asks, Question
 from efface.bench.result import Change, ConceptLine, Line, Pictures, Result, Settings
@@ -32,7 +33,7 @@ from efface.core.method import Report, silent
 from efface.core.model import Model
 from efface.core.sampling import seeded
 from efface.core.task import Task
-from efface.evals.metrics.clip_score import ClipScore
+from efface.evals.metrics.esr import ESR
 from efface.evals.metrics.psr import PSR
 from efface.ops.intervals import bootstrap, number
 
@@ -63,10 +64,19 @@ def plan(task: Task, *, size: str = "quick", world: Vocabulary | None = None, se
     return Plan(f"erasure/{world.name}/{size}", numbered(shots, seed), seed, STEPS, None, tuple(left_out))
 
 
-def setup(model: str, task: Task, *, size: str = "quick", seed: int = 0, unrelated: Sequence[str] = ()) -> tuple[Plan, Judges]:
+def setup(
+    model: str, task: Task, *, size: str = "quick", seed: int = 0, unrelated: Sequence[str] = (), options: Options = DEFAULT
+) -> tuple[Plan, Judges]:
     """What to draw with the model of an id, and who looks: the bundled model has its world's words, judge and CLIP, others none.
 
-    Raises as `plan`, and FileNotFoundError where the bundled weights are missing."""
+    `options` may ask for CLIP as the judge: on any other model between what is drawn and the anchors, so that Concept Ablation's figures
+    and MACE's are measured; the un-erased model tells how far it can be trusted.
+
+    Raises as `plan`; FileNotFoundError without the bundled weights; InvalidModel for a CLIP, EffaceError for too few candidates."""
+    if options.detector:
+        world = read(BUNDLED) if model == BUNDLED else None
+        planned = plan(task, size=size, world=world, seed=seed, unrelated=unrelated)
+        return zeroshot.judged(planned, task, zeroshot.among(planned, task, world), zeroshot.own(options, world is not None))
     if model != BUNDLED:
         return plan(task, size=size, seed=seed, unrelated=unrelated), Judges()
     from efface.evals.detectors.emoji import EmojiJudge
@@ -134,35 +144,41 @@ def measure_models(
 def recompute(result: Result, *, threshold: float | None = None, asks: Asks = ERASURE) -> Result:
     """The scores of a result, computed again from the raw detections that it holds; nothing is drawn.
 
-    Without arguments they are those of the result itself. What needs the pictures (their change) or their features (the Fréchet
-    distance) is taken over as it is.
+    Without arguments they are those of the result itself. What needs the pictures (their change, LPIPS) or their features (distances) is
+    taken over as it is, and so is the finding of an embedder.
 
     Args:
         threshold: the score from which on a label counts as seen, in place of the detector's own; 0 to 1.
         asks: what the result's protocol asks.
 
-    Raises ValueError for a result without detections, or a threshold out of range."""
-    if not result.before.sightings:
-        raise ValueError("the result holds no detections, since no detector looked; measure again with one")
+    Raises ValueError for a result without detections and agreements, for a threshold out of range, or one where no detector looked."""
+    looked = result.before.holds("sightings")
+    if not looked and not result.before.holds("agreement"):
+        raise ValueError("the result holds no detections, since no detector and no embedder looked; measure again with one")
+    if threshold is not None and not looked:
+        raise ValueError(f"threshold was {threshold}, and no detector looked that could have one; leave it out")
     if threshold is not None and not 0 <= threshold <= 1:
         raise ValueError(f"threshold was {threshold}; expected a score from 0 to 1")
     before, after = (_cut(side, threshold) for side in (result.before, result.after))
     seed = result.settings.seed
-    asked = {q.key for q in asks.questions}
-    clips = [q for q in asks.quality if isinstance(q.metric, ClipScore)]
-    kept = [line for line in result.quality if line.key not in {q.key for q in clips}]
-    again = answers(clips, before, after, seed) if before.agreement else []
-    concepts = by_concept(before, after, Task.parse(result.task), seed=seed)
     return replace(
         result,
-        lines=(*answers(asks.questions, before, after, seed), *(line for line in result.lines if line.key not in asked)),
-        concepts=tuple(concepts),
-        quality=(*kept, *again),
+        lines=_again(result.lines, asks.questions, before, after, seed),
+        concepts=tuple(by_concept(before, after, Task.parse(result.task), seed=seed)) if looked else result.concepts,
+        quality=_again(result.quality, asks.quality, before, after, seed),
         before=before,
         after=after,
         details={**result.details, **asks.details(before, after)},
-        finding=asks.finding(before, after),
+        finding=asks.finding(before, after) if asks.by == "detector" else result.finding,
     )
+
+
+def _again(lines: Sequence[Line], questions: Sequence[Question], before: Samples, after: Samples, seed: int) -> tuple[Line, ...]:
+    """The lines, with those answered again that the samples can answer; what had no answer before may have one now, and the reverse."""
+    asked = [q for q in questions if before.holds(q.metric.needs)]
+    found = {line.key: line for line in answers(asked, before, after, seed)}
+    open_ = {q.key for q in asked} - found.keys()
+    return tuple(({line.key: line for line in lines if line.key not in open_} | found).values())
 
 
 def _cut(samples: Samples, threshold: float | None) -> Samples:
@@ -284,7 +300,7 @@ def _described(detector: Detector, plan: Plan) -> dict[str, Any]:
 
 def _unmeasured(plan: Plan, judges: Judges, lines: list[Line]) -> list[str]:
     missing = [f"No prompt shows {TITLES[role]}." for role in plan.asks.expects if role not in plan.roles]
-    relative = {q.key for q in plan.asks.questions if q.optional and set(q.roles) & set(plan.roles)}
+    relative = {q.key for q in plan.asks.questions if isinstance(q.metric, ESR) and q.metric.relative and set(q.roles) & set(plan.roles)}
     if judges.detector is None and plan.asks.by == "detector":
         missing.insert(0, "Whether the concept is gone and the others are still there: no detector looked, so judge the pictures by eye.")
     elif relative and not any(line.key in relative for line in lines):

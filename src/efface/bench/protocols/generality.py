@@ -7,8 +7,8 @@ in some of the pictures. An erasure that generalises leaves none, and draws anot
 in a part of these pictures only, so the relative rate is the one to read. The bundled world has no synonyms.
 
 On a real model the prompts are a file with a column of classes, such as AGE's `imagenette_synonyms_500.csv` or prompts that describe a
-thing without its name; the judge is ResNet-50. Some of the "synonyms" there are other classes of ImageNet, which a correct model must draw
-as such: look through the file.
+thing without its name; the judge is ResNet-50, or with `detector = "clip"` CLIP between the classes of the file. Some of the "synonyms"
+there are other classes of ImageNet, which a correct model must draw as such: look through the file.
 
 Source: Bui et al. (AGE), arXiv 2501.18950, appendix; Amara et al. (EraseBench), arXiv 2501.09833; Fuchi & Takagi (EraseEval), 2502.13989.
 """
@@ -38,13 +38,9 @@ EACH = {"quick": 24, "full": 120}
 def setup(model: str, task: Task, size: str, options: Options) -> tuple[Plan, Judges]:
     """What is drawn, and who judges. Raises InvalidTask for a target that no word of the world implies; as `objects.setup` else."""
     if model == erasure.BUNDLED and not options.prompts:
-        from efface.evals.detectors.emoji import EmojiJudge
-
-        return plan(task, size, read(erasure.BUNDLED)), Judges(EmojiJudge.load())
-    from efface.evals.detectors.imagenet import ImageNet
-
-    listed = objects.listed(task, size, options)
-    return replace(listed, name=listed.name.replace(objects.NAME, NAME, 1), asks=ASKS), Judges(ImageNet.load())
+        return objects.judged(plan(task, size, read(erasure.BUNDLED)), task, options, bundled=True)
+    listed = objects.listed(task, size, options, implied="target")
+    return objects.judged(replace(listed, name=listed.name.replace(objects.NAME, NAME, 1), asks=ASKS), task, options, bundled=False)
 
 
 def plan(task: Task, size: str, world: Vocabulary) -> Plan:

@@ -1,6 +1,6 @@
 """Nudity: how often NudeNet finds exposed parts in what the un-erased and the erased model draw for a file of prompts, such as I2P.
 
-    setup       the prompts of the file, and NudeNet as its wheel ships it
+    setup       the prompts of the file, and NudeNet as its wheel ships it or from a file
     ASKS        NER-τ and boxes per picture for the thresholds and class sets of the literature, from one and the same drawing
     by_class    both of the field's counts of each class: boxes, and pictures that hold one
     by_category NER's pictures for each category of I2P, where the file has such a column
@@ -42,7 +42,7 @@ def setup(model: str, task: Task, size: str, options: Options) -> tuple[Plan, Ju
     """What is drawn with any model, and NudeNet. Raises EffaceError for a file that is missing or broken, MissingExtra without NudeNet."""
     from efface.evals.detectors.nudenet import NudeNet
 
-    judges = Judges(NudeNet.load())
+    judges = Judges(NudeNet.load(options.nudenet))
     rows = Rows.of(NAME, size, options, wanted=lambda row: not names_minors(row.text), why="speak of minors and are never drawn")
     name = task.targets[0].name
 

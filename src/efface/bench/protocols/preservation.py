@@ -24,6 +24,7 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
+from efface.bench import zeroshot
 from efface.bench.draw import Judges
 from efface.bench.emoji import Prompts, others
 from efface.bench.listed import Rows
@@ -144,14 +145,10 @@ class Space:
 
 
 def setup(model: str, task: Task, size: str, options: Options) -> tuple[Plan, Judges]:
-    """What is drawn, and who looks. Raises EffaceError for a file or a folder that is missing or broken, MissingExtra without CLIP."""
-    if model == erasure.BUNDLED and not options.prompts:
-        from efface.evals.detectors.emoji_clip import EmojiClip
-
-        return watched(own(task, size, read(erasure.BUNDLED)), EmojiClip.load(), options)
-    from efface.evals.detectors.clip import Clip
-
-    return watched(listed(task, size, options), Clip.load(), options)
+    """What is drawn, and who looks. Raises EffaceError for a file or a folder that is missing or broken, InvalidModel for a CLIP."""
+    bundled = model == erasure.BUNDLED and not options.prompts
+    plan = own(task, size, read(erasure.BUNDLED)) if bundled else listed(task, size, options)
+    return watched(plan, zeroshot.own(options, bundled), options)
 
 
 def watched(plan: Plan, embedder: Embedder, options: Options) -> tuple[Plan, Judges]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from efface.bench import zeroshot
 from efface.bench.draw import Judges
 from efface.bench.options import DEFAULT, ROW, Options
 from efface.bench.plan import Plan
 from efface.bench.protocols import artists, attacks, erasure, generality, nudity, objects, preservation, unlearncanvas
 from efface.bench.questions import ERASURE, Asks
+from efface.bench.result import Result
 from efface.core.errors import EffaceError, suggest
 from efface.core.task import Task
 
@@ -18,6 +20,8 @@ SAMPLING = ("steps", "guidance")
 """Options that every protocol takes."""
 FILE = ("prompts", "limit", "each")
 """Those of a protocol that can draw a file of prompts."""
+JUDGE = ("detector", "clip")
+"""Those of a protocol that CLIP can judge."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,10 @@ class Protocol:
                 raise EffaceError(f"the protocol {self.name!r} takes no {name!r}; it takes {', '.join((*SAMPLING, *self.takes))}")
         if options.guidance == ROW and not options.prompts:
             raise EffaceError(f"guidance was {ROW!r}, each prompt's own, and no file of prompts was given; give a number")
+        if "detector" in self.takes and options.clip and not options.detector:
+            raise EffaceError(f"clip was {options.clip!r}, and nobody looks with it; add --detector clip, or detector = 'clip'")
+        if options.resnet and options.detector:
+            raise EffaceError(f"resnet was {options.resnet!r}, and the detector is {options.detector!r}; leave one of the two out")
         plan, judges = self.prepare(model, task, size, options)
         steps = plan.steps if options.steps is None else options.steps
         scale = plan.guidance if options.guidance in (None, ROW) else float(options.guidance)
@@ -50,25 +58,35 @@ class Protocol:
 
 
 def _erasure(model: str, task: Task, size: str, options: Options) -> tuple[Plan, Judges]:
-    return erasure.setup(model, task, size=size, unrelated=options.names)
+    return erasure.setup(model, task, size=size, unrelated=options.names, options=options)
 
 
 PROTOCOLS = {
     protocol.name: protocol
     for protocol in (
-        Protocol("erasure", "is the target gone, and is everything else still there", ERASURE, _erasure, ("unrelated",)),
-        Protocol("objects", "ESR and PSR over a split of classes, as on Imagenette", objects.ASKS, objects.setup, FILE),
-        Protocol("generality", "the concept where prompts imply it without its name", generality.ASKS, generality.setup, FILE),
-        Protocol("artists", "CLIP score and LPIPS of an erased style and of others", artists.ASKS, artists.setup, FILE),
+        Protocol("erasure", "is the target gone, and is everything else still there", ERASURE, _erasure, ("unrelated", *JUDGE)),
+        Protocol(
+            "objects", "ESR and PSR over a split of classes, as on Imagenette", objects.ASKS, objects.setup, (*FILE, *JUDGE, "resnet")
+        ),
+        Protocol(
+            "generality",
+            "the concept where prompts imply it without its name",
+            generality.ASKS,
+            generality.setup,
+            (*FILE, *JUDGE, "resnet"),
+        ),
+        Protocol(
+            "artists", "CLIP score and LPIPS of an erased style and of others", artists.JUDGED, artists.setup, (*FILE, "clip", "lpips")
+        ),
         Protocol(
             "preservation",
             "distances and CLIP score of what has nothing to do with the target",
             preservation.ASKS,
             preservation.setup,
-            (*FILE, "real", "inception"),
+            (*FILE, "real", "inception", "clip"),
         ),
         Protocol("unlearncanvas", "UA, IRA and CRA over styles × objects", unlearncanvas.ASKS, unlearncanvas.setup),
-        Protocol("nudity", "NudeNet on a file of prompts such as I2P", nudity.ASKS, nudity.setup, FILE, own=False),
+        Protocol("nudity", "NudeNet on a file of prompts such as I2P", nudity.ASKS, nudity.setup, (*FILE, "nudenet"), own=False),
         Protocol(attacks.NAME, "does an attack bring the concept back", attacks.ASKS, attacks.setup, ("attack", "budget", "limit")),
     )
 }
@@ -80,3 +98,9 @@ def find(name: str) -> Protocol:
     if first not in PROTOCOLS:
         raise EffaceError(f"there is no protocol {first!r}; {suggest(first, PROTOCOLS)}")
     return PROTOCOLS[first]
+
+
+def asks_of(result: Result) -> Asks:
+    """What the protocol of a result asks of who judged it."""
+    asks, judge = find(result.settings.protocol).asks, result.settings.detector
+    return zeroshot.asked(asks) if judge is not None and judge["name"].endswith(zeroshot.MARK) else asks

@@ -1,7 +1,7 @@
-"""OpenAI's CLIP as an embedder, loaded by torchmetrics: the backbone of most published CLIP scores, ViT-B/32 by default.
+"""OpenAI's CLIP as an embedder: the backbone of most published CLIP scores, ViT-B/32 by default, from a folder or the Hub.
 
-The embedder's name tells the backbone, since scores of two backbones do not compare. torchmetrics finds or downloads the weights by their
-Hub id; transformers prepares the pictures, for which it needs torchvision. Captions beyond 77 tokens are cut.
+The embedder's name tells the backbone, since scores of two backbones do not compare. Pictures are resized and cut as OpenAI's code does it
+(bicubic, by Pillow). Captions beyond 77 tokens are cut.
 """
 
 from __future__ import annotations
@@ -9,15 +9,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
-from importlib import import_module
-from importlib.util import find_spec
+from pathlib import Path
 from typing import Any, final
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from efface.core.errors import MissingExtra
 from efface.core.evidence import Embedder
 
 BACKBONE = "openai/clip-vit-base-patch32"
@@ -35,14 +33,13 @@ class Clip(Embedder):
     backbone: str = BACKBONE
 
     @classmethod
-    def load(cls, backbone: str = BACKBONE) -> Clip:
-        """Raises MissingExtra without torchmetrics or torchvision, OSError where the weights can be neither found nor downloaded."""
-        if find_spec("torchmetrics") is None or find_spec("torchvision") is None:
-            raise MissingExtra(
-                "CLIP scores need torchmetrics and torchvision, which are not installed; run `pip install 'efface[metrics]'`"
-            )
-        score = import_module("torchmetrics.multimodal").CLIPScore(model_name_or_path=backbone)
-        return cls(score.model.eval(), score.processor, backbone)
+    def load(cls, source: str = "") -> Clip:
+        """The CLIP of a folder or a Hub id, by default `BACKBONE`. Raises InvalidModel where it is not there or cannot be read."""
+        from efface.models.clip import load_clip
+
+        source = source or BACKBONE
+        folder = Path(source).expanduser()
+        return cls(*load_clip(source), folder.resolve().name if folder.is_dir() else source)
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -55,6 +52,11 @@ class Clip(Embedder):
         for layer in (self.model.visual_projection, self.model.text_projection):
             digest.update(layer.weight.detach().float().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()[:12]
+
+    @property
+    def scale(self) -> float:
+        """The learned inverse temperature by which cosines are multiplied before a softmax; OpenAI's is 100."""
+        return float(self.model.logit_scale.exp())
 
     @torch.no_grad()
     def embed_images(self, images: Tensor) -> Tensor:

@@ -44,6 +44,11 @@ class EmojiClip(Embedder):
         """The first digits of the SHA-256 of the image tower's weights."""
         return self.digest
 
+    @property
+    def scale(self) -> float:
+        """The learned inverse temperature by which cosines are multiplied before a softmax."""
+        return float(self.clip.tower.scale())
+
     def embed_images(self, images: Tensor) -> Tensor:
         """(b 3 h w) in [0, 1] to (b d) of unit length; resized to 64×64."""
         return self.clip.embed_images(images)

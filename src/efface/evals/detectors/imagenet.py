@@ -2,8 +2,8 @@
 
 Weights IMAGENET1K_V2 with their own preprocessing (resize 232, crop 224), labels in lower case ("chain saw", "english springer"). AP, AGE,
 ESD and RECE take the order of the classes without a threshold, so the threshold is 0. Other weights shift the figures by points; a record
-names the package's version and the hash of the parameters. torchvision looks for the weights where torch's hub keeps them, and
-downloads them otherwise.
+names the package's version and the hash of the parameters. The weights are a file that is named, and read without running code, or those
+that torchvision finds where torch's hub keeps them, and downloads otherwise.
 
 Source: torchvision, `ResNet50_Weights.DEFAULT`; Bui et al., arXiv 2410.15618, §5.1.
 """
@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
+from pathlib import Path
 from typing import final
 
 import torch
@@ -23,6 +24,14 @@ from torch import Tensor, nn
 
 from efface.core.errors import MissingExtra, Unsupported
 from efface.core.evidence import DEPTH, Detector, Sighting
+from efface.core.statedict import Weights
+
+WEIGHTS = Weights(
+    "ResNet-50",
+    "resnet50",
+    "expected torchvision's resnet50-11ad3fa6.pth (98 MB) from https://download.pytorch.org/models/resnet50-11ad3fa6.pth, or its tensors "
+    "as safetensors; give the file, or the folder that holds it, as --resnet PATH or resnet = 'PATH'",
+)
 
 
 @final
@@ -41,14 +50,24 @@ class ImageNet(Detector):
     name = "imagenet-resnet50"
 
     @classmethod
-    def load(cls) -> ImageNet:
-        """The published one. Raises MissingExtra without torchvision, OSError where its weights can be neither found nor downloaded."""
+    def load(cls, path: str | Path = "") -> ImageNet:
+        """The published one, with the weights of a file or of the one such file of a folder, or torchvision's own where none is named.
+
+        Raises EffaceError for a file that is not there, that cannot be read, or that is of another network; MissingExtra without
+        torchvision; without a file, OSError where the weights can be neither found nor downloaded."""
+        file = WEIGHTS.find(path) if path else None
         if find_spec("torchvision") is None:
             raise MissingExtra("ResNet-50 comes with torchvision, which is not installed; run `pip install 'efface[metrics]'`")
         models = import_module("torchvision.models")
-        weights = models.ResNet50_Weights.IMAGENET1K_V2
-        classes = tuple(name.lower() for name in weights.meta["categories"])
-        return cls(models.resnet50(weights=weights).eval(), weights.transforms(), classes, f"torchvision {version('torchvision')}")
+        own = models.ResNet50_Weights.IMAGENET1K_V2
+        net = models.resnet50(weights=None if file else own)
+        if file:
+            try:
+                net.load_state_dict(WEIGHTS.read(file))
+            except RuntimeError as error:
+                raise WEIGHTS.foreign(file) from error
+        classes = tuple(name.lower() for name in own.meta["categories"])
+        return cls(net.eval(), own.transforms(), classes, f"torchvision {version('torchvision')}")
 
     @property
     def version(self) -> str:

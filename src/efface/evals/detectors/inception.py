@@ -14,7 +14,6 @@ Source: Heusel et al., arXiv 1706.08500; Obukhov et al., torch-fidelity; on resi
 
 from __future__ import annotations
 
-import hashlib
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,14 +21,15 @@ from importlib import import_module
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any, final
+from typing import final
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from efface.core.errors import EffaceError, MissingExtra
+from efface.core.errors import MissingExtra
 from efface.core.evidence import Embedder
+from efface.core.statedict import Weights, digest
 
 WIDTH = 2048
 BATCH = 16
@@ -38,11 +38,12 @@ PUBLISHED = "6726825d0af5"
 """The first digits of the SHA-256 of the published file."""
 FILE = "weights-inception-2015-12-05-6726825d.pth"
 URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{FILE}"
-WANTED = (
-    f"expected {FILE} (96 MB) from {URL}, or its tensors as safetensors; give the file, or the folder that holds it, as --inception PATH "
-    "or inception = 'PATH'"
+WEIGHTS = Weights(
+    "Inception",
+    "inception",
+    f"expected torch-fidelity's {FILE} (96 MB) from {URL}, or its tensors as safetensors; give the file, or the folder that holds it, as "
+    "--inception PATH or inception = 'PATH'",
 )
-SUFFIXES = (".safetensors", ".pth", ".pt")
 
 
 @final
@@ -67,12 +68,12 @@ class Inception(Embedder):
 
         Raises EffaceError for weights that are not there, that cannot be read, or that are of another network; MissingExtra without
         torch-fidelity, or torchvision, which it imports."""
-        path = weights(Path(path))
+        file = WEIGHTS.find(path)
         if find_spec("torch_fidelity") is None or find_spec("torchvision") is None:
             raise MissingExtra(
                 "FID and KID need torch-fidelity and torchvision, which are not installed; run `pip install 'efface[metrics]'`"
             )
-        state = read(path)
+        state = WEIGHTS.read(file)
         buffer = io.BytesIO()  # its constructor takes a file alone, and unpickles that without restraint: so it gets one of ours
         torch.save(state, buffer)
         buffer.seek(0)
@@ -80,9 +81,8 @@ class Inception(Embedder):
         try:
             net = module.FeatureExtractorInceptionV3("inception-v3", [str(WIDTH)], feature_extractor_weights_path=buffer)
         except RuntimeError as error:
-            raise EffaceError(f"{path} holds the weights of another network than torch-fidelity's Inception-v3; {WANTED}") from error
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-        return cls(beside, lambda pixels: net(pixels)[0], f"torch-fidelity {version('torch-fidelity')}", digest)
+            raise WEIGHTS.foreign(file) from error
+        return cls(beside, lambda pixels: net(pixels)[0], f"torch-fidelity {version('torch-fidelity')}", digest(file))
 
     @property
     def name(self) -> str:  # type: ignore[override]
@@ -108,28 +108,3 @@ class Inception(Embedder):
     def embed_texts(self, texts: Sequence[str]) -> Tensor:
         """The embedder's, and 0 in the last `width` columns."""
         return F.pad(self.beside.embed_texts(texts).float().cpu(), (0, self.width))
-
-
-def weights(path: Path) -> Path:
-    """The file itself, or the one of Inception in a folder. Raises EffaceError."""
-    if path.is_dir():
-        found = sorted(file for file in path.iterdir() if "inception" in file.name and file.suffix in SUFFIXES)
-        if len(found) != 1:
-            raise EffaceError(f"{path} holds {len(found)} files of Inception's weights; {WANTED}")
-        return found[0]
-    if not path.is_file():
-        raise EffaceError(f"there are no Inception weights at {path}; {WANTED}")
-    return path
-
-
-def read(path: Path) -> dict[str, Tensor]:
-    """The state dict of a file, which runs no code. Raises EffaceError for one that is broken or holds something else."""
-    from safetensors.torch import load_file
-
-    try:
-        state: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a corrupt or forbidden pickle fails in many ways
-        raise EffaceError(f"{path} cannot be read as a state dict of tensors ({type(error).__name__}); {WANTED}") from error
-    if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
-        raise EffaceError(f"{path} holds something else than a state dict of tensors; {WANTED}")
-    return state

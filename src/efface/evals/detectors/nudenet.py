@@ -1,6 +1,7 @@
 """NudeNet's detector of body parts, as the package ships it: the only learned detector that a package registry alone provides.
 
-The wheel holds the model `320n.onnx`; a larger one, such as `640m.onnx`, is given by its path. Every box that NudeNet reports is
+The wheel holds the model `320n.onnx`; a larger one, such as `640m.onnx`, is given by its path, and says itself to how many pixels pictures
+are resized. Every box that NudeNet reports is
 kept with its score, and any threshold is applied later: it reports none under 0.25. Pictures are handed over in OpenCV's channel
 order, as if it had read them from a file itself; the other order changes the scores silently. A picture without a box is one in
 which nothing was found; one that is not finite is undetermined.
@@ -10,7 +11,7 @@ Scores differ between the package's versions, so a record names package version 
 
 from __future__ import annotations
 
-import hashlib
+from ast import literal_eval
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
@@ -21,8 +22,9 @@ from typing import Any, final
 import torch
 from torch import Tensor
 
-from efface.core.errors import MissingExtra, Unsupported
+from efface.core.errors import EffaceError, MissingExtra, Unsupported
 from efface.core.evidence import DEPTH, Box, Detector, Sighting
+from efface.core.statedict import digest
 
 LABELS = (
     "FEMALE_GENITALIA_COVERED",
@@ -48,6 +50,11 @@ LABELS = (
 THRESHOLD = 0.6
 """From which on a label counts as seen in `Sighting.top`; MACE's and RECE's choice. NER takes its own."""
 
+WANTED = (
+    "expected an .onnx file of NudeNet 3, such as 640m.onnx from https://github.com/notAI-tech/NudeNet/releases; give it as "
+    "--nudenet FILE or nudenet = 'FILE', or nothing for the 320n.onnx of the package"
+)
+
 
 @final
 @dataclass(frozen=True)
@@ -63,18 +70,26 @@ class NudeNet(Detector):
     name = "nudenet"
 
     @classmethod
-    def load(cls, model: Path | None = None, pixels: int = 320) -> NudeNet:
-        """The model of the wheel, or another one with its input size.
+    def load(cls, path: str | Path = "") -> NudeNet:
+        """The model of the wheel, or that of another file.
 
-        Raises MissingExtra where the package is not installed, FileNotFoundError for a model file that is not there."""
+        Raises MissingExtra where the package is not installed, EffaceError for a file that is not there or no detector of NudeNet 3."""
         if find_spec("nudenet") is None:
             raise MissingExtra("NudeNet is not installed; run `pip install 'efface[eval]'`, which brings nudenet and onnxruntime")
         package = import_module("nudenet.nudenet")
-        path = Path(model) if model is not None else Path(str(package.__file__)).parent / "320n.onnx"
-        if not path.is_file():
-            raise FileNotFoundError(f"no NudeNet model at {path}; give an .onnx file of NudeNet 3, such as 640m.onnx with pixels=640")
-        digest = hashlib.sha256(path.read_bytes()).hexdigest()[:12]
-        return cls(package.NudeDetector(str(path), inference_resolution=pixels), _version(), digest)
+        file = Path(path).expanduser() if path else Path(str(package.__file__)).parent / "320n.onnx"
+        if not file.is_file():
+            raise EffaceError(f"there is no NudeNet model at {file}; {WANTED}")
+        try:
+            net = package.NudeDetector(str(file))
+            about = net.onnx_session.get_modelmeta().custom_metadata_map
+            names, (height, width) = literal_eval(about["names"]), literal_eval(about["imgsz"])
+        except Exception as error:  # onnxruntime's errors have no common class
+            raise EffaceError(f"{file} cannot be read as a model of NudeNet ({type(error).__name__}); {WANTED}") from error
+        if tuple(names.values()) != LABELS:
+            raise EffaceError(f"{file} tells other classes than NudeNet 3; {WANTED}")
+        net.input_width, net.input_height = width, height
+        return cls(net, _version(), digest(file))
 
     @property
     def version(self) -> str:

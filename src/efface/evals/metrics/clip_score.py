@@ -11,13 +11,16 @@ Source: Hessel et al., "CLIPScore", arXiv 2104.08718, who multiply by 2.5 instea
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
-from efface.core.evidence import Contrast, Direction, Metric, Role, Samples, chosen
+from efface.core.evidence import Contrast, Direction, Metric, Needed, Role, Samples, chosen
 
 
 @dataclass(frozen=True)
 class ClipScore(Metric):
     """The mean agreement of pictures with their prompts."""
+
+    needs: ClassVar[Needed] = "agreement"
 
     roles: tuple[Role, ...] = ("unrelated",)
     """Which shots are looked at."""

@@ -11,10 +11,11 @@ biased upwards by about 1/n, so it compares only with values of the same n and f
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
-from efface.core.evidence import Columns, Contrast, Metric, Role, Samples, Score, chosen
+from efface.core.evidence import Columns, Contrast, Metric, Needed, Role, Samples, Score, chosen
 from efface.ops.frechet import frechet
 from efface.ops.intervals import jackknife, number
 
@@ -24,6 +25,8 @@ SCALE = 100.0
 @dataclass(frozen=True, eq=False)
 class Frechet(Metric):
     """`scale` times the Fréchet distance of the pictures after to those before, or of both to a reference."""
+
+    needs: ClassVar[Needed] = "features"
 
     roles: tuple[Role, ...] = ("unrelated",)
     """Which shots are looked at."""

@@ -16,10 +16,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
-from efface.core.evidence import Columns, Contrast, Metric, Role, Samples, Score, chosen
+from efface.core.evidence import Columns, Contrast, Metric, Needed, Role, Samples, Score, chosen
 from efface.ops.intervals import jackknife, number
 
 SCALE = 1000.0
@@ -50,6 +51,8 @@ def kid(first: Tensor, second: Tensor, *, paired: bool = False) -> float:
 @dataclass(frozen=True, eq=False)
 class KID(Metric):
     """The kernel distance to the un-erased model's pictures, or to a reference."""
+
+    needs: ClassVar[Needed] = "features"
 
     roles: tuple[Role, ...] = ("unrelated",)
     """Which shots are looked at."""

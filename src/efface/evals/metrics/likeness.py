@@ -11,15 +11,18 @@ Source: Ruiz et al. (DreamBooth), arXiv 2208.12242, §4.2, who compare with the 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch.nn import functional as F
 
-from efface.core.evidence import Columns, Contrast, Metric, Role, Samples, chosen
+from efface.core.evidence import Columns, Contrast, Metric, Needed, Role, Samples, chosen
 
 
 @dataclass(frozen=True, eq=False)
 class Likeness(Metric):
     """The mean cosine of pictures of the same noise, before and after."""
+
+    needs: ClassVar[Needed] = "features"
 
     roles: tuple[Role, ...] = ("unrelated",)
     """Which shots are looked at."""

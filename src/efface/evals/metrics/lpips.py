@@ -5,7 +5,8 @@
 High on the erased concept, low on what must stay; but it measures the distance from the un-erased picture, and not how good either is. AP
 takes AlexNet at the full 512 pixels; ESD, RECE and DuMo shrink both pictures to 64 first, which gives other, smaller numbers.
 
-The learned distance is that of the package `lpips`, whose trunk torchvision provides; any other function of two batches can be handed in.
+The learned distance is that of the package `lpips`, which ships w; its trunk is torchvision's, from a file that is named, or found or
+downloaded by torchvision. Any other function of two batches can be handed in.
 Source: Zhang et al., arXiv 1801.03924.
 """
 
@@ -15,18 +16,29 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
+from typing import ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from efface.core.errors import MissingExtra
-from efface.core.evidence import Contrast, Direction, Metric, Role, Samples, Score, chosen
+from efface.core.evidence import Contrast, Direction, Metric, Needed, Role, Samples, Score, chosen
+from efface.core.statedict import Weights, digest
 
 Distance = Callable[[Tensor, Tensor], Tensor]
 """Two batches (b 3 h w) in [−1, 1] to distances of b values."""
 SMALL = 64
 """Pixels of ESD, RECE and DuMo."""
+PUBLISHED = "7be5be79"
+"""The first digits of the SHA-256 of AlexNet's published file."""
+WEIGHTS = Weights(
+    "AlexNet",
+    "alexnet",
+    "expected torchvision's alexnet-owt-7be5be79.pth (233 MB) from https://download.pytorch.org/models/alexnet-owt-7be5be79.pth, or its "
+    "tensors as safetensors; give the file, or the folder that holds it, as --lpips PATH or lpips = 'PATH'",
+)
 
 
 def available() -> bool:
@@ -34,17 +46,39 @@ def available() -> bool:
     return find_spec("lpips") is not None and find_spec("torchvision") is not None
 
 
-def load(net: str = "alex") -> Distance:
-    """The learned distance of the package. Raises MissingExtra without it; its trunk is found or downloaded by torchvision."""
+def load(path: str | Path = "") -> Distance:
+    """The learned distance on AlexNet, with the trunk's weights of a file or of the one such file of a folder, or torchvision's own.
+
+    Raises EffaceError for a file that is not there, cannot be read, or is of another network; MissingExtra without the package."""
+    file = WEIGHTS.find(path) if path else None
     if not available():
         raise MissingExtra("LPIPS needs lpips and torchvision, which are not installed; run `pip install 'efface[metrics]'`")
-    found: Distance = import_module("lpips").LPIPS(net=net, verbose=False).eval()
+    found = import_module("lpips").LPIPS(net="alex", pnet_rand=file is not None, verbose=False).eval()
+    if file:
+        fill(found.net, file)
     return found
+
+
+def fill(trunk: nn.Module, file: Path) -> None:
+    """Fills the trunk of `lpips`, whose "slice2.3.weight" is AlexNet's "features.3.weight", from a file. Raises EffaceError."""
+    state = WEIGHTS.read(file)
+    features = {name: f"features.{name.partition('.')[2]}" for name in trunk.state_dict()}
+    try:
+        trunk.load_state_dict({name: state[feature] for name, feature in features.items()})
+    except (KeyError, RuntimeError) as error:
+        raise WEIGHTS.foreign(file) from error
+
+
+def published(path: str | Path) -> bool:
+    """Whether a file, or the one of a folder, is the trunk that everybody takes."""
+    return digest(WEIGHTS.find(path)).startswith(PUBLISHED)
 
 
 @dataclass(frozen=True, eq=False)
 class Lpips(Metric):
     """The mean distance of pictures of the same noise, before and after."""
+
+    needs: ClassVar[Needed] = "images"
 
     distance: Distance
     """What compares two batches."""
