@@ -108,9 +108,9 @@ def main() -> None:
     settings = {"plan": plan.name, "prompts": plan.digest, "seed": args.seed, "each": args.each, "detector": detector.version}
     data = {**named.json(), "means": whole.json()["means"], "rows": {row: found.json()["means"] for row, found in rows.items()}}
     write(args.out / "impact.json", json.dumps({**data, "settings": settings}, indent=1))
-    write(args.out / "impact.svg", figures.impact(named))
+    write(args.out / "impact.svg", figures.standalone(figures.impact(named)))
     if args.markdown:
-        write(args.markdown.with_suffix(".svg"), figures.impact(named))
+        write(args.markdown.with_suffix(".svg"), figures.standalone(figures.impact(named)))
         write(args.markdown, page(args, rows, plan, detector.version))
     sys.stdout.write(f"{args.method}: mean Δ in points: {means(whole)}\n")
 

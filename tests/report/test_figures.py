@@ -52,7 +52,7 @@ def test_curves_are_svg_in_the_pages_colours(run: Run) -> None:
     assert losses is not None
     assert set(words) == {"cat"}
     for svg in (losses, *words.values()):
-        ElementTree.fromstring(svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1))
+        ElementTree.fromstring(figures.standalone(svg))
         assert "#01020" not in svg
         assert "currentColor" in svg
     for label in ("step", "loss", "erasing loss", "preserving loss"):

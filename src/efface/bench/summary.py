@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from statistics import fmean
 
@@ -58,7 +58,7 @@ def compare(first: Mapping[tuple[str, int], Result], second: Mapping[tuple[str, 
     metric = _metric(key)
     answers: list[tuple[bool | None, bool | None]] = []
     prompts, fits = [], []
-    for task, seed, mine, theirs in _pairs(first, second):
+    for task, seed, mine, theirs in pairs_of(first, second):
         contrast = metric.measure(theirs.after, mine.after)
         shots = [shot for shot in mine.after.shots if shot.role in metric.roles and shot.labels]
         answers += [
@@ -85,9 +85,12 @@ def _metric(key: str) -> ESR | PSR:
     return known[key]
 
 
-def _pairs(first: Mapping[tuple[str, int], Result], second: Mapping[tuple[str, int], Result]) -> Iterator[tuple[str, int, Result, Result]]:
+def pairs_of(first: Mapping[tuple[str, int], Result], second: Mapping[tuple[str, int], Result]) -> list[tuple[str, int, Result, Result]]:
+    """(task, seed, fit of the first, fit of the second) of the fits that `compare` sets side by side."""
+    found = []
     for (task, seed), mine in first.items():
         fits = [result for (other, _), result in second.items() if other == task]
         theirs = second.get((task, seed)) or (fits[0] if len(fits) == 1 else None)
         if theirs is not None:
-            yield task, seed, mine, theirs
+            found.append((task, seed, mine, theirs))
+    return found

@@ -176,12 +176,18 @@ def drawn(edit: Edit, most: int = 12) -> list[tuple[str, float]]:
     return [(names[i], c / len(index)) for i, c in zip(best.indices.tolist(), best.values.tolist(), strict=True) if c]
 
 
+def standalone(svg: str) -> str:
+    """A figure for a file of its own: with its namespace, and in the colours of a light page, on white."""
+    colours = "color: #1b1f24; --muted: #66707a; --accent: #0b6e82; --second: #b4561f; background: #ffffff"
+    return svg.replace("<svg ", f'<svg xmlns="http://www.w3.org/2000/svg" style="{colours}" ', 1)
+
+
 def impact(found: Impact) -> str:
     """The impact matrix as SVG. Rows: erased concepts; columns: all concepts, group after group, with the share seen before.
 
     Colour and number are Δ in points: red is lost, blue gained. Cells that were not measured are empty."""
     rows, columns, values = found.erased, found.concepts, matrix(found)
-    figure, axes = _figure(2.4 + CELL * len(columns), 2.0 + CELL * len(rows))
+    figure, axes = _figure(2.4 + CELL * len(columns), 2.4 + CELL * len(rows))
     image = axes.imshow((100 * values).numpy(), cmap="RdBu_r", vmin=-100, vmax=100)
     axes.set_yticks(range(len(rows)), rows)
     axes.set_xticks(range(len(columns)), [f"{name}  {100 * found.before(name).value:.0f}" for name in columns], rotation=90)

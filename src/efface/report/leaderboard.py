@@ -10,7 +10,7 @@ from typing import Any
 
 from efface.bench.expected import Beside
 from efface.bench.result import Result, Settings
-from efface.bench.summary import Pooled, compare, pooled
+from efface.bench.summary import Pooled, compare, pairs_of, pooled
 from efface.bench.trial import Pair
 from efface.core.errors import EffaceError
 from efface.core.evidence import Comparison
@@ -163,7 +163,8 @@ def _comparison(rows: Mapping[str, Sequence[Row]], pair: Pair, key: str) -> list
     found: Comparison = compare(first, second, key, pair.margin)
     shown = [f"{wording.value(score)} [{wording.interval(score)}]" for score in (found.first, found.second, found.difference)]
     margin = f"{100 * pair.margin:g}"
-    return [f"`{pair.first}`", f"`{pair.second}`", key, str(found.difference.n), str(len(first)), *shown, margin, found.verdict]
+    fits = str(len(pairs_of(first, second)))
+    return [f"`{pair.first}`", f"`{pair.second}`", key, str(found.difference.n), fits, *shown, margin, found.verdict]
 
 
 def _results(rows: Mapping[str, Sequence[Row]], label: str) -> dict[tuple[str, int], Result]:
