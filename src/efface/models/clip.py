@@ -54,7 +54,8 @@ def load_clip(source: str) -> tuple[CLIPModel, CLIPProcessor]:
 
         # In older versions the one that works by Pillow has the plain name.
         pictures = getattr(transformers, "CLIPImageProcessorPil", None) or transformers.CLIPImageProcessor
-        where = {"pretrained_model_name_or_path": str(folder) if folder.is_dir() else source, "local_files_only": folder.is_dir()}
+        local = folder.is_dir() or source.count("/") != 1  # a Hub id is OWNER/NAME
+        where = {"pretrained_model_name_or_path": str(folder) if folder.is_dir() else source, "local_files_only": local}
         try:
             model = transformers.CLIPModel.from_pretrained(**where, dtype="float32")
             processor = transformers.CLIPProcessor(pictures.from_pretrained(**where), transformers.CLIPTokenizer.from_pretrained(**where))
