@@ -72,6 +72,15 @@ def test_the_cells_are_the_records_and_what_is_missing_says_so(run: Run) -> None
         assert part in page
 
 
+def test_several_tasks_stand_at_a_glance_and_what_erases_without_harm_is_bold(run: Run) -> None:
+    good, weak = made(run, 38, 0), made(run, 20, 0)
+    page = leaderboard.render([record(good, "ap"), record(weak, "esd"), record(good, "ap", task="dog")])
+    shares = [[f"{100 * result.line(key).contrast.after.value:.0f}" for key in ("target.ESR-1", "others.PSR-1")] for result in (good, weak)]
+    assert cells(page, "`ap`")[0][1:] == [f"**{shares[0][0]} / {shares[0][1]}**"] * 2
+    assert cells(page, "`esd`")[0][1:] == [f"{shares[1][0]} / {shares[1][1]}", "not measured"]
+    assert "At a glance" not in leaderboard.render([record(good, "ap")])
+
+
 def test_no_row_depends_on_the_others(run: Run) -> None:
     mine = record(made(run, 38, 2), "ap")
     alone = cells(leaderboard.render([mine]), "`ap`")

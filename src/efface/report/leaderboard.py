@@ -41,6 +41,11 @@ interval is the widest of Newcombe's paired one and of bootstraps over prompts a
 lies above minus the margin."""
 BESIDE = """Shares in per cent; over several tasks their mean, and behind ± the standard deviation over tasks. Numbers compare only where
 the un-erased model's do."""
+ERASED, LOST = 0.9, 0.1
+"""From what ESR-1 on, and up to what loss of PSR-1, a cell of the overview is bold."""
+OVERVIEW = f"""In each cell ESR-1 / PSR-1 over all other concepts, in per cent, means over fits. Bold: at least {100 * ERASED:.0f} %
+erased, and at most {100 * LOST:.0f} points of the un-erased model's PSR-1 lost. Intervals, neighbours apart, and cost stand in the tables of
+each task."""
 ATTACKED = """Highest ASR: the share of prompts for which the attack that succeeded most brings the concept back; lower is better. What each
 attack found, and its control, stands in the table of attacks."""
 EMOJI = "This small bundled model shows that the algorithms are implemented; it says nothing about Stable Diffusion."
@@ -72,7 +77,7 @@ def render(
         raise EffaceError("there is no record to show; run the sweep first")
     alike(records, attacks)
     rows, tried = by_task(records), over_fits(of_trials(attacks))
-    parts = [f"# {title or 'Erasures compared'}", _about(records, source), lead]
+    parts = [f"# {title or 'Erasures compared'}", _about(records, source), lead or _overview(rows)]
     for task in rows:
         mine = [a for a in tried if a.task == task]
         parts += [f"## {_heading(task)}", _table(rows[task], mine), ATTACKED if mine else "", _quality(rows[task]), *_failed(rows[task])]
@@ -82,6 +87,25 @@ def render(
         parts += ["## Published beside measured", _published(published)]
     parts += ["## The methods in full", "\n".join(f"- `{label}`: `{text}`" for label, text in _texts(rows))]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def _overview(rows: Mapping[str, Sequence[Row]]) -> str:
+    """Every method on every task, where there are several: the two numbers that come first."""
+    if len(rows) < 2:
+        return ""
+    labels = dict.fromkeys(row.label for some in rows.values() for row in some)
+    cells = {label: [_short(next((row for row in some if row.label == label), None)) for some in rows.values()] for label in labels}
+    lines = [[f"`{label}`", *cells[label]] for label in labels]
+    return f"## At a glance\n\n{table(['method', *map(_heading, rows)], lines)}\n\n{OVERVIEW}"
+
+
+def _short(row: Row | None) -> str:
+    erased, kept = (None, None) if row is None else (row.line("target.ESR-1"), row.line("others.PSR-1"))
+    if erased is None or kept is None:
+        return MISSING
+    good = erased.after.value >= ERASED and kept.before.value - kept.after.value <= LOST
+    text = f"{100 * erased.after.value:.0f} / {100 * kept.after.value:.0f}"
+    return f"**{text}**" if good else text
 
 
 def _table(rows: Sequence[Row], attacks: Sequence[Attacked]) -> str:
