@@ -301,3 +301,18 @@ def test_a_text_too_long_for_its_sentences_is_refused(model):
 def test_bad_fields_are_refused(fields, message):
     with pytest.raises(InvalidMethod, match=message):
         MACE.build(**fields)
+
+
+@pytest.mark.parametrize(
+    ("preset", "lr", "steps", "kept", "mu"),
+    [
+        ("authors", 1e-5, 50, 0.0, 100.0),
+        ("authors-identity", 1e-4, 50, 1e-4, 0.0),
+        ("authors-style", 1e-4, 50, 1e-4, 0.0),
+        ("authors-unsafe", 1e-5, 120, 7e-7, 0.0),
+    ],
+)
+def test_presets_hold_the_released_configs_whatever_the_defaults(preset, lr, steps, kept, mu):
+    method = MACE.build(preset=preset)
+    assert (method.lr, method.steps, method.keep_weight, method.fuse_keep_weight, method.regulariser) == (lr, steps, kept, kept, mu)
+    assert method.keep_squared and (method.null_weight, method.general) == (0.0, 0)

@@ -30,7 +30,7 @@ def vocabulary(
 
 def general(model: Model, task: Task, resources: Resources, count: int) -> list[str]:
     """At most `count` of the words, evenly from all of them: what a closed form keeps where nobody says what. Synonyms of the target are
-    kept as well unless `resources.exclude` names them."""
+    kept as well unless `resources.exclude` names them, and so are the single words of a name of several ("santa")."""
     words = vocabulary(model, task, resources, letters_only=True) if count else []
     return words[:: max(1, -(-len(words) // max(1, count)))]
 

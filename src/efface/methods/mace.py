@@ -59,7 +59,15 @@ from efface.ops.ridge import Cholesky, RightFactor, Solution, Statistics, self_p
 from efface.ops.rows import aligned, find
 
 Names = tuple[str, ...]
-AUTHORS = {"keep_weight": 1e-4, "fuse_keep_weight": 1e-4, "keep_squared": True, "null_weight": 0.0, "regulariser": 0.0, "general": 0}
+AUTHORS = {
+    "lr": 1e-4,
+    "keep_weight": 1e-4,
+    "fuse_keep_weight": 1e-4,
+    "keep_squared": True,
+    "null_weight": 0.0,
+    "regulariser": 0.0,
+    "general": 0,
+}
 EXPLICIT = {"keep_weight": 7e-7, "fuse_keep_weight": 7e-7}
 MASK_TIME = 0.3
 """When pictures are looked at for their masks, as a share of all times."""
