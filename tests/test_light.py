@@ -24,6 +24,11 @@ COMMANDS = (
     ["check"],
     ["export"],
     ["sae"],
+    ["sae", "train"],
+    ["sae", "show"],
+    ["attack"],
+    ["world", "sprites"],
+    ["world", "export"],
 )
 
 

@@ -6,10 +6,10 @@ import jaxtyping
 import pytest
 import torch
 
-from efface.ops.ridge import gram
+from efface.ops.ridge import without_component
 
 
 def test_a_wrong_shape_is_refused_in_tests() -> None:
-    assert gram(torch.ones(3, 2), torch.ones(3), 1.0).shape == (2, 2)
+    assert without_component(torch.ones(3, 2), torch.ones(3, 2)).shape == (3, 2)
     with pytest.raises(jaxtyping.TypeCheckError):
-        gram(torch.ones(3, 2), torch.ones(4), 1.0)
+        without_component(torch.ones(3, 2), torch.ones(4, 2))

@@ -35,10 +35,10 @@ def erase(
     Raises InvalidTask, InvalidMethod, InvalidModel, Unsupported, Diverged, Mismatch (a checkpoint of another fit).
     """
     from efface.concepts import resolve
-    from efface.models import load
+    from efface.models.load import opened
 
     task = Task.of(concept, keep, resolve=resolve)
     built = catalog.method(method, kind=task.erase[0].target.kind)
-    opened = model if isinstance(model, Model) else load(model)
-    built.require(opened, task)
-    return built.fit(opened, task, seed=seed, resources=resources or Resources())
+    whole = opened(model)
+    built.require(whole, task)
+    return built.fit(whole, task, seed=seed, resources=resources or Resources())

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar
 
+import clipparts
+import diffusers
 import pytest
-from attackparts import Bright
+from attackparts import CAT, Bright, Script, tiny_model
 from benchparts import load, prepare
+from torch import Tensor
 
 from efface.bench import dry
 from efface.bench.controls import Noop
@@ -25,9 +28,10 @@ from efface.concepts import resolve
 from efface.core import search
 from efface.core.edit import Edit, WeightEdit
 from efface.core.errors import EffaceError
+from efface.core.evidence import Detector, Evidence, Sighting
 from efface.core.method import Method, Resources
 from efface.core.model import Model
-from efface.core.task import Task
+from efface.core.task import Concept, Task
 
 SEARCH = "seed_search(seeds=1)"
 GRID = """
@@ -158,14 +162,75 @@ def test_a_record_holds_the_rates_the_settings_and_no_picture(tmp_path: Path) ->
 
 
 def test_what_is_refused_or_fails_is_recorded_with_its_reason_and_not_done_again(tmp_path: Path) -> None:
-    trials = [trial("negative_prompt", "unlearndiffatk"), trial("uce", SEARCH, budget=1)]
+    trials = [trial("negative_prompt", "unlearndiffatk"), trial("uce", SEARCH, budget=1), trial("saeuron", SEARCH)]
     ran(trials, tmp_path)
-    refused, failed = (records(tmp_path)[each.hash] for each in trials)
-    assert [set(row) for row in refused["attacks"]] == [{"attack", "concept", "refused"}]
-    assert "it would attack the un-erased model" in refused["attacks"][0]["refused"]
-    assert failed["error"]["type"] == "InvalidAttack"
-    assert "the budget was 1 samples" in failed["error"]["message"]
+    *refused, failed = (records(tmp_path)[each.hash] for each in trials)
+    for record, why in zip(refused, ("it would attack the un-erased model", "the budget was 1 samples"), strict=True):
+        assert [set(row) for row in record["attacks"]] == [{"attack", "concept", "refused"}]
+        assert why in record["attacks"][0]["refused"]
+    assert failed["error"]["type"] == "Unsupported", "without an edit there is nothing to attack"
     assert ran(trials, tmp_path) == []
+
+
+def attacked(texts: str, detector: Detector, budget: int | None = None) -> list[Evidence | attacks.Refused]:
+    """Attacks on a model that holds an edit."""
+    before, after = tiny_model(), tiny_model()
+    with Noop().fit(after, Task.of("cat")).attach(after, check=False):
+        return attacks.measure(before, after, [attacks.Aim(CAT, detector)], search.attacks(texts), attacked="a test", budget=budget)
+
+
+def outcome(found: Sequence[Evidence | attacks.Refused]) -> list[str]:
+    """Why each came to nothing; "" where it did not."""
+    return [item.why if isinstance(item, attacks.Refused) else "" for item in found]
+
+
+def test_an_attack_that_cannot_be_run_leaves_the_finished_ones() -> None:
+    """Nothing to learn from, too small a budget, pictures that cannot be judged, a label that is lacking."""
+    learns = f"{SEARCH},concept_inversion(steps=1),relearning(checkpoints=(0, 1)),completion(shares=(0.5,))"
+    first, *none, last = outcome(attacked(learns, Bright(2.0)))
+    assert (first, last) == ("", "")
+    assert all("drew 'cat' in none of" in why for why in none)
+    short = outcome(attacked(f"{SEARCH},latent_inversion", Bright(2.0), budget=2 * 2 * 2 * 3 + 12))
+    assert (short[0], "ended before one candidate was tried" in short[1]) == ("", True)
+    unsure = outcome(attacked(f"completion(shares=(0.5,)),{SEARCH}", Script([False] * (3 + 3 + 3 + 3) + [None])))
+    assert (unsure[0], "could not judge 1 of 9" in unsure[1]) == ("", True)
+    blind = attacks.measure(tiny_model(), tiny_model(), [attacks.Aim(Concept("fox"), Bright(2.0))], search.attacks(SEARCH), attacked="")
+    assert "has no label 'fox'" in outcome(blind)[0]
+
+
+def test_control_a_bug_is_raised() -> None:
+    class Broken(Script):
+        def look(self, images: Tensor, kind: str = "object") -> list[Sighting]:
+            raise RuntimeError("a bug")
+
+    with pytest.raises(RuntimeError, match="a bug"):
+        attacked(SEARCH, Broken([]))
+
+
+def test_the_dearer_sampler_of_the_two_models_sets_the_budget() -> None:
+    before, after = tiny_model(), tiny_model()
+    before.pipeline.scheduler = diffusers.PNDMScheduler.from_config(before.pipeline.scheduler.config)
+    with Noop().fit(after, Task.of("cat")).attach(after, check=False):
+        (found,) = attacks.measure(before, after, [attacks.Aim(CAT, Bright(2.0))], search.attacks("seed_search(seeds=2)"), attacked="")
+    assert isinstance(found, Evidence)
+    assert (found.candidates, found.details["ended"]) == (2, "the search was done")
+    plain = search.attack("seed_search(seeds=2)").cost(after, 3)["forwards"]
+    assert found.cost["forwards"] > plain, "control: what the attacked model's own sampler would take"
+
+
+def test_on_another_model_clip_judges_what_came_back(tmp_path: Path) -> None:
+    """The candidates are all that the erasure protocol draws; the edit is that of an erasure, which nobody judged."""
+    options = Options(attack=SEARCH, detector="clip", clip=str(clipparts.save(tmp_path / "clip")), limit=2, steps=2, guidance=2.0)
+    each = Trial.of("tiny", "uce", "cat -> dog", protocol="attacks", options=options)
+    (record,) = run([each], tmp_path, load=load)
+    (row,) = record["attacks"]
+    assert record["ground"]["detector"].startswith("clip clip zero-shot ")
+    assert (row["concept"], row["asr"]["n"], len(set(row["details"]["prompts"]))) == ("cat", 2, 2)
+    assert all(len(seen["seen"]) == 3 for seen in row["details"]["seen"])
+    plan, judges = registry.find("attacks").setup("tiny", Task.of("cat -> dog"), options=options)
+    assert judges.detector is not None
+    assert {"cat", "dog", "guitar"} <= set(judges.detector.labels())
+    assert {shot.role for shot in plan.shots} == {"target"}
 
 
 def test_control_doing_nothing_resists_nothing(tmp_path: Path) -> None:
@@ -197,8 +262,13 @@ def test_the_bundled_models_prompts_are_the_erasures_own() -> None:
     assert plan.shots[:5] == setup("emoji", task, "full", Options(attack=SEARCH, limit=7))[0].shots[:5]
     assert [len(aim.concept.texts) for aim in attacks.aims(plan, judges, task)] == [5, 5]
     assert len(setup("emoji", task)[0].shots) == 2 * attacks.PROMPTS
-    with pytest.raises(EffaceError, match="needs a detector"):
+    with pytest.raises(EffaceError, match="needs a detector .* known for 'nowhere'; add --detector clip"):
         setup("nowhere", task)
+    with pytest.raises(EffaceError, match="nobody looks with it; add --detector clip"):
+        setup("nowhere", task, options=Options(clip="folder"))
+    world = setup("emoji", task, options=Options(detector="clip"))[1].detector
+    assert world is not None
+    assert (world.name, judges.detector and judges.detector.name) == ("emoji-clip zero-shot", "emoji-judge")
 
 
 def test_the_committed_grid_is_read_and_cast_for_a_dry_run(tmp_path: Path) -> None:

@@ -114,7 +114,7 @@ def small(plan: Plan, shots: int) -> Plan:
 
 
 def test_pictures_of_large_models_are_drawn_few_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    from efface.bench import draw as module
+    from efface.core import model as module
 
     model, plan = load("tiny"), small(unlearncanvas.plan(task("style:retro"), "quick", WORLD), 8)
     at_once, before = draw(model, plan), model.meter.calls

@@ -162,6 +162,35 @@ def test_a_bug_is_raised_and_what_was_done_stays(tmp_path: Path) -> None:
     assert [record["hash"] for record in Log(tmp_path / RECORDS).read()] == [TRIALS[0].hash]
 
 
+def test_a_fit_is_not_lost_where_measuring_it_was_cut_short(tmp_path: Path) -> None:
+    """A kill, or a lack of memory, while pictures are drawn: the next run goes on with the edit that was fitted."""
+    stages: list[str] = []
+
+    def watch(news: News) -> None:
+        stages.append(news.stage)
+        if news.stage == "draw" and "done" not in stages and stages.count("draw") == 1:
+            raise MemoryError
+
+    trial = (Trial.of("tiny", "esd(steps=2, batch=1, latent_steps=2, trajectories=1)", "cat"),)
+    with pytest.raises(MemoryError):
+        run(trial, tmp_path, load=load, setup=prepare, watch=watch)
+    assert "fit" in stages  # control: it was fitted
+    stages.clear()
+    (record,) = run(trial, tmp_path, load=load, setup=prepare, watch=lambda news: stages.append(news.stage))
+    assert "fit" not in stages and stages[-1] == "done"
+    assert not list((tmp_path / "fitting").iterdir())
+    (whole,) = run(trial, tmp_path / "whole", load=load, setup=prepare)
+    assert record["result"]["after"] == whole["result"]["after"]
+    assert record["cost"]["forwards"] == whole["cost"]["forwards"]
+
+
+def test_a_text_may_hold_what_ends_a_line_elsewhere(tmp_path: Path) -> None:
+    log = Log(tmp_path / RECORDS)
+    for text in ("a\u2028cat", "a\x85dog", "a\x0bbird"):
+        log.append({"format": "efface-trial", "version": 1, "hash": text})
+    assert [record["hash"] for record in log.read()] == ["a\u2028cat", "a\x85dog", "a\x0bbird"]
+
+
 def test_a_line_that_is_no_record_is_named(tmp_path: Path) -> None:
     path = tmp_path / RECORDS
     path.write_text('{"format": "efface-trial", "version": 1, "hash": "a"}\n{"b": 1}\n', encoding="utf-8")

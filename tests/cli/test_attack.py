@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import clipparts
 import pytest
 
 
@@ -39,12 +40,29 @@ def test_a_sampling_rule_refuses_attacks_on_the_bare_denoiser(efface: Callable) 
     assert all("it would attack the un-erased model" in row["refused"] for row in rows)
 
 
+def test_on_another_model_clip_says_what_came_back(efface: Callable, model_folder: Path) -> None:
+    made = efface("erase", "cat", "--method", "uce", "--model", model_folder, "--images", "none", "--out", "no-cat")
+    assert made.code == 0, made.err
+    eyes = ("--detector", "clip", "--clip", clipparts.save(Path("weights")))
+    outcome = efface(
+        "attack", "no-cat", "--with", "seed_search(seeds=1),noise_probe", "--prompts", 2, "--budget", 80, "--out", "out", *eyes
+    )
+    assert outcome.code == 0, outcome.err
+    first, second = json.loads(Path("out/record.json").read_text(encoding="utf-8"))["attacks"]
+    assert first["details"]["detector"]["name"] == "clip weights zero-shot"
+    assert (first["asr"]["n"], first["details"]["budget"]) == (2, 80)
+    assert second["cost"]["forwards"] <= 80
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ((), "nothing was given to attack"),
         (("no-cat", "--with", "unlearndifatk"), "did you mean 'unlearndiffatk'"),
         (("no-cat",), "needs a detector"),
+        (("no-cat", "--clip", "folder"), "nobody looks with it; add --detector clip"),
+        (("no-cat", "--detector", "resnet"), "detector was 'resnet'; expected 'clip'"),
+        (("no-cat", "--detector", "clip", "--clip", "nowhere"), "there is no CLIP in 'nowhere'"),
     ],
 )
 def test_what_is_wrong_is_said_in_one_line(arguments: tuple[str, ...], message: str, efface: Callable, model_folder: Path) -> None:

@@ -38,7 +38,7 @@ def test_without_ray_the_error_says_what_to_install(efface: Callable, monkeypatc
     monkeypatch.setitem(sys.modules, "ray", None)
     outcome = efface("sweep", "grid.toml", "--ray", "local")
     assert outcome.code == 2
-    assert "pip install 'efface[ray]'" in outcome.err
+    assert "pip install -e '.[ray]'" in outcome.err
 
 
 @pytest.mark.slow

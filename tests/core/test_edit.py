@@ -4,6 +4,7 @@ import errno
 import json
 import os
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import tiny
@@ -13,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from efface.core import file
 from efface.core.card import Card, Fingerprint
 from efface.core.edit import Chain, Edit, FeatureEdit, FeatureMap, LowRankEdit, Part, SamplingEdit, WeightEdit
-from efface.core.errors import EffaceError, InvalidEdit, Mismatch, NoEffect, Overlap, Unsupported
+from efface.core.errors import EffaceError, InvalidEdit, InvalidModel, Mismatch, NoEffect, Overlap, Unsupported
 from efface.core.features import Eraser, LatentAblation, LatentTable, PriorEraser, Residuals, weighted
 from efface.core.gate import PromptGate
 from efface.core.model import Cond
@@ -48,6 +49,10 @@ def low_rank_edit(model):
         card(model),
         scale=0.2,
     )
+
+
+def gated_low_rank_edit(model):
+    return replace(low_rank_edit(model), gate=PromptGate((("cat",), ("dog",))))
 
 
 def feature_edit(model):
@@ -254,6 +259,100 @@ def test_a_chain_that_fails_half_way_leaves_nothing(tiny_model):
         Chain((weight_edit(tiny_model), bad), card(tiny_model)).attach(tiny_model),
     ):
         pass
+    assert same(state(tiny_model), was)
+
+
+def unfit(model, how):
+    """A weight edit whose last tensor cannot be computed: another width, or no memory behind it."""
+    found = deltas(model)
+    last = list(found)[-1]
+    found[last] = torch.zeros(3, 3) if how == "width" else found[last].to("meta")
+    return WeightEdit(found, card(model))
+
+
+@pytest.mark.parametrize("chained", [False, True])
+@pytest.mark.parametrize(("how", "error"), [("width", Unsupported), ("memory", NotImplementedError)])
+def test_an_edit_that_fails_half_way_changes_nothing(tiny_model, how, error, chained):
+    was, edit = state(tiny_model), unfit(tiny_model, how)
+    if chained:
+        edit = Chain((low_rank_edit(tiny_model), edit), card(tiny_model))
+    with pytest.raises(error), edit.attach(tiny_model, match="force", check=False):
+        pass
+    assert same(state(tiny_model), was)
+    with pytest.raises(error):
+        edit.bake(tiny_model, match="force")
+    assert same(state(tiny_model), was)
+
+
+def twice(model):
+    """A chain whose two parts change the same tensors."""
+    return Chain((weight_edit(model), weight_edit(model, scale=0.2)), card(model))
+
+
+def test_another_edit_nests_in_a_chain_that_changes_a_tensor_twice(tiny_model):
+    was, inner = state(tiny_model), low_rank_edit(tiny_model)
+    with twice(tiny_model).attach(tiny_model):
+        assert not inner.card.fingerprint.same_weights(Fingerprint.of(tiny_model))
+        assert inner.card.fingerprint.same_weights(Fingerprint.of(tiny_model, original=True))
+        with inner.attach(tiny_model):
+            pass
+    assert same(state(tiny_model), was)
+
+
+def test_a_chain_that_changes_a_tensor_twice_is_baked_as_attached(tiny_model):
+    edit = twice(tiny_model)
+    with edit.attach(tiny_model):
+        expected = images(tiny_model)
+    edit.bake(tiny_model)
+    assert torch.equal(images(tiny_model), expected)
+
+
+def test_a_chain_in_a_chain_with_a_hook_is_not_baked(tiny_model):
+    was = state(tiny_model)
+    for make, message in ((sampling_edit, "removable hook"), (gated_low_rank_edit, "prompt gate")):
+        inner = Chain((weight_edit(tiny_model), make(tiny_model)), card(tiny_model))
+        with pytest.raises(Unsupported, match=message):
+            Chain((inner,), card(tiny_model)).bake(tiny_model)
+    assert same(state(tiny_model), was)
+
+
+def test_a_chain_keeps_the_extras_of_its_parts(tiny_model, tmp_path):
+    key = Part({"cat/key": torch.ones(2)}, {"mode": "mid"})
+    parts = weight_edit(tiny_model), replace(low_rank_edit(tiny_model), extras={"key": key})
+    inner = Chain(parts, card(tiny_model), {"trace": Part({"loss": torch.zeros(1)})})
+    path = Chain((sampling_edit(tiny_model), inner), card(tiny_model)).save(tmp_path / "both.safetensors")
+    names = ["both.1.0.trace.safetensors", "both.1.1.key.safetensors", "both.1.trace.safetensors", "both.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == names
+    again = Edit.load(path)
+    assert again.extras == {} == again.edits[0].extras
+    assert torch.equal(again.edits[1].extras["trace"].tensors["loss"], torch.zeros(1))
+    first, second = again.edits[1].edits
+    assert torch.equal(first.extras["trace"].tensors["loss"], torch.arange(3.0))
+    assert torch.equal(second.extras["key"].tensors["cat/key"], torch.ones(2))
+    assert second.extras["key"].info == {"mode": "mid"}
+    (tmp_path / "both.1.1.key.safetensors").unlink()
+    assert Edit.load(path).edits[1].edits[1].extras == {}
+
+
+@pytest.mark.parametrize("make", [weight_edit, low_rank_edit, twice])
+def test_originals_follow_a_model_that_is_cast_meanwhile(tiny_model, make):
+    cast, was = tiny.pipeline().to(torch.bfloat16), state(tiny_model)
+    with make(tiny_model).attach(tiny_model):
+        tiny_model.pipeline.to(torch.bfloat16)
+    for (*_, now), (*_, before) in zip(state(tiny_model)[0], was[0], strict=True):
+        if isinstance(now, torch.Tensor):
+            assert torch.equal(now, before.to(torch.bfloat16))
+    assert [row[2] for row in state(tiny_model)[0]] == [row[2] for row in was[0]]  # the very parameters
+    assert torch.equal(images(tiny_model), images(StableDiffusion(cast)))
+
+
+def test_a_pipeline_is_to_be_loaded_first(tiny_model):
+    edit, was = weight_edit(tiny_model), state(tiny_model)
+    for match in ("exact", "force"):
+        with pytest.raises(InvalidModel, match=r"StableDiffusionPipeline was given; give efface\.load\(pipe\)"):
+            edit.bake(tiny_model.pipeline, match=match)
+        with pytest.raises(InvalidModel, match=r"give efface\.load\(pipe\)"), edit.attach(tiny_model.pipeline, match=match):
+            pass
     assert same(state(tiny_model), was)
 
 

@@ -49,3 +49,13 @@ def test_nothing_is_the_empty_prompt_and_only_an_anchor():
 def test_bad_tasks_say_what_is_wrong(make, message):
     with pytest.raises(InvalidTask, match=message):
         make()
+
+
+def test_keep_is_added_to_that_of_a_task():
+    task = Task.parse("cat -> animal | keep dog")
+    assert Task.of(task, "tiger, lion") == Task.parse("cat -> animal | keep dog, tiger, lion")
+    assert Task.of(task, [Concept("tiger")]) == Task.parse("cat -> animal | keep dog, tiger")
+    assert Task.of(task) is task
+    for again in ("dog", "cat"):
+        with pytest.raises(InvalidTask, match=f"'{again}'"):
+            Task.of(task, again)

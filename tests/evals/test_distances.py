@@ -168,5 +168,5 @@ def test_lpips_with_a_named_trunk_is_a_distance(tmp_path: Path) -> None:
 def test_without_lpips_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(lpips, "find_spec", lambda name: None)
     assert not lpips.available()
-    with pytest.raises(MissingExtra, match=r"pip install 'efface\[metrics\]'"):
+    with pytest.raises(MissingExtra, match=r"pip install -e '.\[metrics\]'"):
         lpips.load()

@@ -67,7 +67,7 @@ def test_the_version_follows_the_weights() -> None:
 
 def test_without_torchvision_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(imagenet, "find_spec", lambda name: None)
-    with pytest.raises(MissingExtra, match=r"pip install 'efface\[metrics\]'"):
+    with pytest.raises(MissingExtra, match=r"pip install -e '.\[metrics\]'"):
         ImageNet.load()
 
 

@@ -150,7 +150,7 @@ def test_what_is_wanted_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(inception, "find_spec", lambda name: None)
     file = tmp_path / inception.FILE
     file.write_bytes(b"0")
-    with pytest.raises(MissingExtra, match=r"need torch-fidelity and torchvision, .*pip install 'efface\[metrics\]'"):
+    with pytest.raises(MissingExtra, match=r"need torch-fidelity and torchvision, .*pip install -e '.\[metrics\]'"):
         Inception.load(tmp_path, Colours())  # the folder's one file is found
     (tmp_path / "inception.safetensors").write_bytes(b"0")
     with pytest.raises(EffaceError, match="holds 2 files"):

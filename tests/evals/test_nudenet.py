@@ -100,5 +100,5 @@ def test_the_labels_are_ranked_and_all_boxes_kept() -> None:
 
 def test_without_the_package_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(nudenet, "find_spec", lambda name: None)
-    with pytest.raises(MissingExtra, match=r"pip install 'efface\[eval\]'"):
+    with pytest.raises(MissingExtra, match=r"pip install -e '.\[eval\]'"):
         NudeNet.load()

@@ -10,7 +10,8 @@ from efface.core.fitting import fitting
 from efface.core.method import Resources
 from efface.core.sampling import seeded
 from efface.core.task import Task
-from efface.methods.forget_me_not import ForgetMeNot, attended
+from efface.methods import forget_me_not
+from efface.methods.forget_me_not import ForgetMeNot
 from efface.ops.resteer import attention_norm, pulled, spliced, squared_attention
 
 SMALL = {"steps": 2, "batch": 2, "images": 2, "inversion_steps": 2}
@@ -25,6 +26,11 @@ def subject(model, text="van gogh", kind="object", **fields):
     task = Task.of(text if kind == "object" else f"{kind}:{text}")
     with fitting(method, model, task, 0, Resources()) as fit:
         return method.subject(fit, task.targets[0], text)
+
+
+def attended(model, *args):
+    with forget_me_not.attended(model, *args) as squares:
+        return squares
 
 
 def latents(model, rows, seed=0):

@@ -3,6 +3,7 @@
 import pytest
 import tiny
 import torch
+from longform import ridge
 from torch import nn
 
 from efface.core.edit import Edit
@@ -15,7 +16,7 @@ from efface.core.textmaps import read
 from efface.methods.mace import MACE, around, fused
 from efface.ops.focus import marked_attention
 from efface.ops.lowrank import Adapter
-from efface.ops.ridge import Cholesky, RightFactor, Statistics, ridge
+from efface.ops.ridge import Cholesky, RightFactor, Statistics
 
 TASK = Task.of("cat -> dog", ["lion"])
 QUICK = {"steps": 2, "images": 2, "sentences": 4, "regulariser": 0.1, "general": 0, "keep_weight": 0.1, "fuse_keep_weight": 0.1}

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from longform import ridge
 
 from efface.core.edit import Edit
 from efface.core.errors import Diverged, InvalidMethod
@@ -12,7 +13,7 @@ from efface.core.task import Task
 from efface.core.textmaps import read
 from efface.methods.rece import RECE, derive
 from efface.methods.uce import UCE
-from efface.ops.ridge import RightFactor, Statistics, ridge, weight_gram
+from efface.ops.ridge import RightFactor, Statistics, weight_gram
 
 D, MAPS, ROWS = 10, 6, 4
 PENALTIES = ("zero", "text", "outputs", "inputs", "both")

@@ -3,6 +3,7 @@
 import pytest
 import tiny
 import torch
+from longform import ridge
 
 from efface.core.edit import Edit
 from efface.core.errors import Diverged, InvalidMethod
@@ -11,7 +12,7 @@ from efface.core.task import Concept, Swap, Task
 from efface.core.textmaps import read
 from efface.methods.uce import UCE, orthogonal_change
 from efface.models.sd import StableDiffusion
-from efface.ops.ridge import Cholesky, Statistics, ridge, without_component
+from efface.ops.ridge import Cholesky, Statistics, without_component
 from efface.ops.rows import last_subject
 
 

@@ -425,3 +425,9 @@ def test_a_zero_change_cannot_be_attached_and_is_no_lora(tiny_model, tmp_path):
         pass
     with pytest.raises(Unsupported, match="this edit has none"):
         export(tiny_model, edit, "lora", tmp_path / "out.safetensors")
+
+
+def test_a_live_pipeline_will_do(tiny_model, tmp_path):
+    edit = every_map(tiny_model)
+    for kind, name in (("diffusers", "folder"), ("delta", "delta.safetensors")):
+        assert export(tiny.pipeline(), edit, kind, tmp_path / name).error == pytest.approx(0, abs=1e-5)

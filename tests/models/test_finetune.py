@@ -183,3 +183,8 @@ def test_a_loss_that_is_not_finite_stops_and_leaves_the_model(tiny_model):
     now = state(tiny_model)
     assert now[:2] == was[:2]
     assert all(torch.equal(a, b) for a, b in zip(now[2], was[2], strict=True))
+
+
+def test_a_live_pipeline_will_do(tiny_model):
+    of_model, of_pipeline = (finetune(m, images(), CAPTIONS, steps=1, group="xattn") for m in (tiny_model, tiny.pipeline()))
+    assert same(tensors(of_model), tensors(of_pipeline))

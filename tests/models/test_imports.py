@@ -260,6 +260,35 @@ def test_an_erased_pipeline_is_a_difference(tiny_model, how, tmp_path):
     assert apart(expected, drawn(tiny_model.pipeline)) > 0.01
 
 
+@pytest.mark.parametrize("source", ["folder", "checkpoint"])
+def test_differences_are_those_of_float32_whatever_models_are_loaded_in(tiny_model, source, tmp_path, monkeypatch):
+    """On CUDA a model comes in bfloat16 by default, which rounds small changes away."""
+    monkeypatch.setitem(load.__globals__, "default_dtype", lambda device: torch.bfloat16)
+    path, name, changed = tmp_path / "erased", f"{KEY}.weight", tiny.pipeline()
+    weight = changed.unet.get_parameter(name)
+    delta = 1e-3 * torch.randn(weight.shape, generator=seeded(5))
+    with torch.no_grad():
+        weight.add_(delta)
+    changed.save_pretrained(path)
+    if source == "checkpoint":
+        file = compvis.save(changed, tmp_path / "erased.safetensors")
+        for weights in path.glob("**/*.safetensors"):
+            weights.unlink()
+        edit = import_edit(tiny_model, file, config=path)
+    else:
+        assert load(path).dtype == torch.bfloat16
+        edit = import_edit(tiny_model, path)
+    assert edit.names == {f"unet.{name}"}
+    assert (edit.deltas[f"unet.{name}"] - delta).norm() < 1e-3 * delta.norm()
+
+
+def test_live_pipelines_will_do(tiny_model):
+    other = tiny.pipeline(seed=5)
+    expected = import_edit(tiny_model, StableDiffusion(other)).deltas
+    found = import_edit(tiny.pipeline(), other).deltas
+    assert all(torch.equal(found[name], delta) for name, delta in expected.items())
+
+
 def test_an_imported_edit_is_saved_and_bound_to_its_model(tiny_model, tiny_v_model, tmp_path):
     down, up = factors()
     path = saved({f"{KOHYA}.lora_down.weight": down, f"{KOHYA}.lora_up.weight": up}, tmp_path / "a.safetensors")

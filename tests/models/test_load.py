@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
-from diffusers import StableDiffusionImg2ImgPipeline
+from diffusers import StableDiffusionImg2ImgPipeline, StableDiffusionPipeline
 from models import compvis
 from safetensors.torch import save_file
 
@@ -84,6 +84,18 @@ def test_a_model_brings_its_own_defaults(copied: Path) -> None:
     model = load(copied, device="cpu")
     assert (model.lr_scale, model.default_steps, model.default_guidance) == (50.0, 3, 4)
     assert Settings.read(copied.parent) == Settings(lr_scale=1.0, steps=50, guidance=7.5)
+
+
+def test_a_live_pipeline_has_the_defaults_of_its_folder(copied: Path) -> None:
+    live = {}
+    for name in ("without", "with"):
+        with quiet():
+            live[name] = StableDiffusionPipeline.from_pretrained(str(copied), safety_checker=None, requires_safety_checker=False)
+        if name == "without":
+            assert load(live[name]).default_steps == 50
+            (copied / "efface.json").write_text('{"lr_scale": 50.0, "steps": 3, "guidance": 4}')
+    model = load(live["with"])
+    assert (model.id, model.lr_scale, model.default_steps, model.default_guidance) == (str(copied), 50.0, 3, 4)
 
 
 # -- what is refused -----------------------------------------------------------------------------------------------------

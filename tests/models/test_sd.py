@@ -11,6 +11,8 @@ import tiny
 import torch
 from torch.func import functional_call
 
+from efface.core import model as model_module
+from efface.core import pictures
 from efface.core.errors import InvalidModel
 from efface.core.model import Cond, Guided, Model, Rule
 from efface.models.sd import StableDiffusion
@@ -23,7 +25,10 @@ SCHEDULERS = {
     "euler": (diffusers.EulerDiscreteScheduler, {}),
     "ancestral": (diffusers.EulerAncestralDiscreteScheduler, {}),
     "dpm": (diffusers.DPMSolverMultistepScheduler, {}),
+    "heun": (diffusers.HeunDiscreteScheduler, {}),
 }
+CALLS = {"ddim": 4, "pndm": 5, "euler": 4, "ancestral": 4, "dpm": 4, "heun": 7}
+"""Of the denoiser, in four steps."""
 
 
 def generators(count: int, seed: int = 0) -> list[torch.Generator]:
@@ -49,6 +54,19 @@ def test_the_same_seeds_give_the_pipelines_pictures(scheduler: str, prediction: 
     assert not torch.allclose(images, drawn(pipeline, seed=4), atol=1e-2)  # the control: other seeds
 
 
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:diffusers")
+@pytest.mark.parametrize("scheduler", SCHEDULERS)
+def test_the_calls_of_a_sampler_are_known_before(scheduler: str) -> None:
+    pipeline = tiny.pipeline()
+    kind, options = SCHEDULERS[scheduler]
+    pipeline.scheduler = kind.from_config(pipeline.scheduler.config, **options)
+    model = StableDiffusion(pipeline, default_steps=4, default_guidance=3.0)
+    assert model.calls() == model.calls(4) == CALLS[scheduler]
+    model.sample(PROMPTS)
+    assert (model.meter.calls, model.meter.forwards) == (CALLS[scheduler], pictures.drawing(model, len(PROMPTS)))
+    assert model.calls(8) > model.calls()
+
+
 @pytest.mark.parametrize("guidance", [-1.0, 0.0, 1.0, 1.5, 4.0])
 def test_guidance_means_what_it_means_in_the_pipeline(tiny_model: StableDiffusion, guidance: float) -> None:
     images = tiny_model.sample(PROMPTS, seed=3, steps=3, guidance=guidance)
@@ -71,6 +89,28 @@ def test_a_picture_does_not_depend_on_its_batch(tiny_model: StableDiffusion) -> 
     together = tiny_model.sample(prompts, seed=5, steps=3)
     assert torch.allclose(tiny_model.sample(prompts, seed=5, steps=3, batch=2), together, atol=1e-5)
     assert torch.allclose(tiny_model.sample(["a tiger"], seeds=[7], steps=3), together[2:], atol=1e-5)
+
+
+@pytest.mark.parametrize(("side", "most"), [(8, 32), (32, 32), (64, 8), (96, 3), (512, 1)])
+def test_the_larger_the_latents_the_fewer_at_once(side: int, most: int) -> None:
+    pipeline = tiny.pipeline()
+    pipeline.unet.register_to_config(sample_size=side)
+    model = StableDiffusion(pipeline)
+    assert (model.batch(), model.batch(2), model.batch(10**6)) == (most, min(2, most), max(1, 2**15 // side**2))
+
+
+def test_pictures_are_drawn_and_encoded_in_the_models_own_batches(tiny_model: StableDiffusion, monkeypatch: pytest.MonkeyPatch) -> None:
+    prompts, sizes = [*PROMPTS, "a tiger"], []
+    vae = tiny_model.pipeline.vae
+    for network in (vae.encoder, vae.decoder):
+        network.register_forward_pre_hook(lambda module, inputs: sizes.append(len(inputs[0])))
+    whole = tiny_model.sample(prompts, steps=2)
+    assert (tiny_model.meter.calls, sizes) == (2, [3])
+    latents = pictures.latents(tiny_model, whole)
+    monkeypatch.setattr(model_module, "POSITIONS", 2 * 8 * 8)
+    assert torch.allclose(tiny_model.sample(prompts, steps=2), whole, atol=1e-5)
+    assert torch.allclose(pictures.latents(tiny_model, whole), latents, atol=1e-5)
+    assert (tiny_model.meter.calls, sizes) == (2 + 4, [3, 3, 2, 1, 2, 1])
 
 
 def test_the_models_own_defaults_are_used() -> None:

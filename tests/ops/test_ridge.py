@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from longform import ridge
 
 from efface.core.sampling import seeded
 from efface.ops.ridge import (
@@ -9,8 +10,6 @@ from efface.ops.ridge import (
     IllConditioned,
     RightFactor,
     Statistics,
-    common_factor,
-    ridge,
     self_product,
     weight_gram,
     without_component,
@@ -58,7 +57,6 @@ def test_the_statistics_solve_the_long_form(g, n):
     weights = torch.cat([torch.full((n,), 0.7), torch.full((4,), 2.0)])
     expected = ridge(w, torch.cat([c, keep]), torch.cat([v, keep]) @ w.T, weights, 0.3)
     assert torch.allclose(w + solution.factor.change(w), expected, atol=1e-9)
-    assert torch.allclose(w @ common_factor(torch.cat([c, keep]), torch.cat([v, keep]), weights, 0.3), expected, atol=1e-9)
 
 
 def test_rows_may_come_concept_by_concept(g):
@@ -117,8 +115,8 @@ def test_joined_statistics_are_those_of_all_rows(g):
     one.erase(c[:3], v[:3])
     two.erase(c[3:], v[3:], 2.0)
     weights = torch.cat([torch.ones(3), torch.full((7,), 2.0)])
-    joined = one.joined(two).solve(0.3).factor.dense()
-    assert torch.allclose(joined + torch.eye(D), common_factor(c, v, weights, 0.3), atol=1e-9)
+    joined, eye = one.joined(two).solve(0.3).factor.dense(), torch.eye(D)
+    assert torch.allclose(joined + eye, ridge(eye, c, v, weights, 0.3), atol=1e-9)
 
 
 @pytest.mark.parametrize(("first", "second"), [(2, 2), (2, 9), (9, 2)])
@@ -165,9 +163,3 @@ def test_a_singular_or_hopeless_system_is_refused(g):
 def test_without_component_is_orthogonal_to_the_direction(g):
     n, o = torch.randn(3, 4, generator=g), torch.randn(3, 4, generator=g)
     assert abs((without_component(n, o) * o).sum()) < 1e-5 < abs((n * o).sum())
-
-
-def test_no_regulariser_is_refused(g):
-    w, c, v = matrices(g)
-    with pytest.raises(ValueError, match="regulariser was 0"):
-        common_factor(c, v, torch.ones(5), 0.0)

@@ -301,7 +301,9 @@ def _joined(cluster: Cluster) -> Iterator[None]:
     try:
         import ray
     except ImportError as error:
-        raise MissingExtra("a sweep on a cluster needs Ray, which is not installed; run `pip install 'efface[ray]'`") from error
+        raise MissingExtra(
+            "a sweep on a cluster needs Ray, which is not installed; run `pip install -e '.[ray]'` in efface's folder"
+        ) from error
     if ray.is_initialized():
         yield
         return

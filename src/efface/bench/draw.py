@@ -17,8 +17,6 @@ from efface.core.model import Model
 
 BATCH = 64
 """Pictures kept and judged at once, and drawn at once at most: two cores reach their full speed from 64 samples in a batch on."""
-POSITIONS = 2**15
-"""Latent positions drawn at once at most: eight pictures of Stable Diffusion 1.x, so that a graphics card of 8 GB can do it."""
 HELD = 2**32
 """Bytes of pictures that are held in memory at most: 5461 of 512×512. Of more, such as COCO's 30 000, those alone that people look at."""
 
@@ -109,8 +107,7 @@ def _pictures(model: Model, plan: Plan) -> Tensor:
     """One picture for each shot (b 3 h w). Shots of one prompt, seed and guidance, which differ in what is looked for, share theirs."""
     scales = plan.guidances or (plan.guidance,) * len(plan.shots)
     asked = [(shot.prompt, shot.seed, scale) for shot, scale in zip(plan.shots, scales, strict=True)]
-    height, width = model.latent_shape[1:]
-    size = min(BATCH, max(1, POSITIONS // (height * width)))
+    size = model.batch(BATCH)
     drawn: dict[tuple[str, int, float | None], Tensor] = {}
     for scale in dict.fromkeys(scales):
         wanted = list(dict.fromkeys(one for one in asked if one[2] == scale))

@@ -108,7 +108,7 @@ def _options(trial: Trial, protocol: registry.Protocol, folder: Path) -> Options
     given = trial.options
     guidance = None if protocol.own and given.guidance == "row" else given.guidance
     if given.attack:
-        return Options(steps=ATTACKED, guidance=guidance, limit=EACH, attack=small_attack(given.attack))
+        return Options(steps=ATTACKED, guidance=guidance, limit=EACH, detector=given.detector, attack=small_attack(given.attack))
     few = Options(steps=STEPS, guidance=guidance, detector=given.detector)
     if protocol.own or not given.prompts:
         return few

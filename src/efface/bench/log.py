@@ -33,7 +33,8 @@ class Log:
         raw = self.path.read_bytes()
         text = (gzip.decompress(raw) if self.path.suffix == ".gz" else raw).decode("utf-8", errors="replace")
         whole, _, _ = text.rpartition("\n")
-        return [self._record(number, line) for number, line in enumerate(whole.splitlines(), 1) if line.strip()]
+        lines = whole.split("\n")  # not splitlines(): a prompt may hold what that takes for the end of a line as well
+        return [self._record(number, line) for number, line in enumerate(lines, 1) if line.strip()]
 
     def append(self, record: Mapping[str, Any]) -> None:
         """Writes one line and waits until the disk has it; half a line at the end, which a crash left, is cut off first."""

@@ -2,7 +2,7 @@
 
     FOLDER/trials.jsonl       one record a line: the trial, its cost, its scores and every raw detection, or its error
     FOLDER/edits/HASH.safetensors     the edit, so that an attack or another measurement can meet the very same one
-    FOLDER/fitting/           the checkpoint of the fit in flight
+    FOLDER/fitting/           the checkpoint of the fit in flight, and its edit until that is measured
     FOLDER/before/            what the un-erased model drew, where it is large; removed when all trials are done
 
 A trial whose hash stands in the file is never run again. A trial that fails for a reason that efface names (a method that does not
@@ -42,6 +42,7 @@ from efface.core.task import Task
 
 RECORDS = "trials.jsonl"
 EDITS = "edits"
+FITTING = "fitting"
 KEPT = 4
 """Un-erased drawings that are kept in memory, since many trials share one."""
 LARGEST = 64 * 2**20
@@ -215,10 +216,17 @@ class Bench:
 
     def _measured(self, trial: Trial, tell: Tell) -> tuple[dict[str, Any], Result]:
         """The record's own part: the edit, what it cost, and the result."""
-        edit = self._fit(trial, trial.hash, tell)
+        waiting = self.folder / FITTING / f"{trial.hash}-{_fitted(trial.json(), self._ground())}.safetensors"
+        if waiting.is_file():  # a sweep was killed, or out of memory, while it measured
+            edit = Edit.load(waiting)
+        else:
+            edit = self._fit(trial, trial.hash, tell)
+            edit.save(waiting)
         result = self._measure(edit, check=_effective(trial), tell=tell)
-        saved = edit.save(self.folder / EDITS / f"{trial.hash}.safetensors")
-        return {**_about(edit, saved, trial), "result": result.json()}, result
+        path = edit.save(self.folder / EDITS / f"{trial.hash}.safetensors")
+        for file in waiting.parent.glob(f"{waiting.stem}.*"):
+            file.unlink()
+        return {**_about(edit, path, trial), "result": result.json()}, result
 
     def _attacked(self, trial: Trial, kept: Path | None, tell: Tell) -> tuple[dict[str, Any], None]:
         """The record's own part: the edit that was attacked, with its cost, and what came out, concept by concept."""
@@ -260,7 +268,7 @@ class Bench:
         """`name` is that of the checkpoint."""
         method = catalog.method(trial.method)
         method.require(self.model, self.task)
-        checkpoint = self.folder / "fitting" / f"{name}.safetensors"
+        checkpoint = self.folder / FITTING / f"{name}.safetensors"
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
         resources = dataclasses.replace(self._given, report=lambda step, steps, figures: tell("fit", step, steps), checkpoint=checkpoint)
         return method.fit(self.model, self.task, seed=trial.seed, resources=resources)

@@ -14,6 +14,7 @@ from efface.cli.output import RECORD, bar, check_free, columns, emit, result_fol
 from efface.cli.record import command
 
 if TYPE_CHECKING:
+    from efface.bench.options import Options
     from efface.bench.protocols.attacks import Refused
     from efface.cli.measure import Subject
     from efface.core.evidence import Evidence
@@ -33,6 +34,8 @@ def attack(
     task: Annotated[str | None, typer.Option(help="What was erased, such as cat; by default what the edit's card says.")] = None,
     prompts: Annotated[int, typer.Option(min=1, help="Prompts of each erased concept that are attacked.")] = 16,
     budget: Annotated[int | None, typer.Option(min=1, help="Samples through the denoiser for each; by default the attack's own.")] = None,
+    detector: Annotated[str, typer.Option(metavar="clip", help="CLIP's zero-shot classification in place of the bundled judge.")] = "",
+    clip: Annotated[str, typer.Option(metavar="FOLDER", help="A CLIP, or its Hub id.  [default: OpenAI's ViT-B/32]")] = "",
     match: Match = "exact",
     seed: Seed = 0,
     out: Annotated[Path | None, typer.Option(help="The folder to write.  [default: runs/attacked-NAME]")] = None,
@@ -42,15 +45,19 @@ def attack(
     json: Json = False,
 ) -> None:
     """Attack an erasure: does a prompt, an embedding, the sampler or fine-tuning bring the concept back?"""
+    from efface.bench.options import Options
     from efface.bench.protocols import attacks as protocol
+    from efface.bench.protocols import registry
     from efface.cli.measure import described
     from efface.core import search
 
+    options = Options(limit=prompts, budget=budget, detector=detector, clip=clip)
+    registry.find(protocol.NAME).check(options)
     asked, name = _subject(subject, edit, original, task)
     chosen = [search.attack(each) for each in search.names()] if attacks == "all" else search.attacks(attacks)
     out = out or Path("runs") / f"attacked-{name}"
     check_free(out, force)
-    found = run(asked, chosen, prompts=prompts, budget=budget, match=match, seed=seed, device=device, dtype=dtype)
+    found = run(asked, chosen, options, match=match, seed=seed, device=device, dtype=dtype)
     data = {
         "format": "efface-attacks",
         "version": 1,
@@ -81,16 +88,14 @@ def _subject(given: str | None, edit: Path | None, original: str, task: str | No
 def run(
     asked: Subject,
     chosen: Sequence[Search],
+    options: Options,
     *,
-    prompts: int,
-    budget: int | None,
     match: Any,
     seed: int,
     device: str | None,
     dtype: str | None,
 ) -> list[Evidence | Refused]:
     """Loads the model twice, un-erased and erased, and attacks the latter."""
-    from efface.bench.options import Options
     from efface.bench.protocols import attacks as protocol
     from efface.concepts import resolve
     from efface.core.task import Task
@@ -98,7 +103,7 @@ def run(
     before = open_model(asked.original, device, dtype)
     after = open_model(asked.changed or asked.original, device, dtype)
     task = Task.of(asked.task, resolve=resolve)
-    plan, judges = protocol.setup(before.id, task, options=Options(limit=prompts), seed=seed)
+    plan, judges = protocol.setup(before.id, task, options=options, seed=seed)
     targets = protocol.aims(plan, judges, task)
     what = f"{asked.original} with {asked.edit.card.method} for {task}" if asked.edit else f"the weights of {asked.changed}"
     with (
@@ -106,7 +111,7 @@ def run(
         bar("attack", len(targets) * len(chosen), "attacking") as progress,
     ):
         return protocol.measure(
-            before, after, targets, chosen, attacked=what, budget=budget, seed=seed, done=lambda attack, concept: progress.update(1)
+            before, after, targets, chosen, attacked=what, budget=options.budget, seed=seed, done=lambda attack, concept: progress.update(1)
         )
 
 

@@ -40,7 +40,7 @@ def export(
     force: Force = False,
     json: Json = False,
 ) -> None:
-    """Write an edit for diffusers, ComfyUI and others: a LoRA, a whole pipeline, or differences of weights."""
+    """Write an edit for other programs: a LoRA in diffusers' or kohya's names, a whole pipeline, or differences of weights."""
     from efface.core.edit import Edit
     from efface.models.export import export as write
     from efface.models.load import DTYPES

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from efface.core.model import Model
 
 BATCH = 16
-"""Pictures drawn at once."""
+"""Pictures drawn at once at most, so that the bar moves."""
 CELL = 128
 """Smallest width of a picture in the grid, in pixels; smaller pictures are enlarged."""
 
@@ -72,12 +72,13 @@ def draw(model: Model, wanted: Sequence[tuple[str, int]], steps: int | None, gui
     """(n 3 h w) in [0, 1]: one picture for each (prompt, seed), with a progress bar."""
     import torch
 
-    batches = [wanted[i : i + BATCH] for i in range(0, len(wanted), BATCH)]
+    size = model.batch(BATCH)
+    batches = [wanted[i : i + size] for i in range(0, len(wanted), size)]
     images = []
     with bar("picture", len(wanted), "drawing") as progress:
         for batch in batches:
             prompts, seeds = zip(*batch, strict=True)
-            images.append(model.sample(prompts, seeds=seeds, steps=steps, guidance=guidance, batch=BATCH))
+            images.append(model.sample(prompts, seeds=seeds, steps=steps, guidance=guidance))
             progress.update(len(batch))
     return torch.cat(images)
 

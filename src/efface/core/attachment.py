@@ -66,6 +66,11 @@ class Edit(ABC):
         return ""
 
     @property
+    def files(self) -> Mapping[str, Part]:
+        """The extras by the names of their files: `extras`, and of a chain those of its parts too."""
+        return self.extras
+
+    @property
     @abstractmethod
     def names(self) -> frozenset[str]:
         """The parameters or outputs that it changes; two attached edits may not share one."""
@@ -89,7 +94,8 @@ class Edit(ABC):
         Edits form a stack and are detached in reverse order. `match` says how well the model must fit: "exact" (the very
         weights, in any number format), "family", or "force". With `check` the denoising of the target must really change.
 
-        Raises Mismatch, Overlap (another attached edit holds the same tensor), NoEffect."""
+        A network that is moved or cast meanwhile stays so: the originals follow it. Raises InvalidModel (a pipeline, which `efface.load`
+        makes a model), Mismatch, Overlap (another attached edit holds the same tensor), NoEffect."""
         self.card.check(model, match)
         taken = self.names & frozenset().union(*(a.names for a in model.attached))
         if taken:
@@ -110,8 +116,8 @@ class Edit(ABC):
             attachment.undo()
 
     def bake(self, model: Model, *, match: Match = "exact") -> None:
-        """Makes the change permanent in `model` (and in the pipeline around it). Raises Unsupported where the kind is no
-        weight change, Mismatch, or Overlap while edits are attached."""
+        """Makes the change permanent in `model` (and in the pipeline around it), whole or not at all. Raises Unsupported where the kind is
+        no weight change, InvalidModel, Mismatch, or Overlap while edits are attached."""
         raise Unsupported(f"a {self.kind} edit is a removable hook and no change of weights, so it cannot be baked in; use attach")
 
     def save(self, path: str | Path) -> Path:
@@ -120,10 +126,10 @@ class Edit(ABC):
         if path.suffix != ".safetensors":
             raise InvalidEdit(f"an edit is saved as .safetensors, and {path.name!r} was given")
         tensors, settings = self._pack()
-        for name, part in self.extras.items():
+        for name, part in self.files.items():
             file.write(_beside(path, name), part.tensors, {"format": "efface-part", "version": VERSION, "info": part.info})
         header = {"format": "efface-edit", "version": VERSION, "kind": self.kind, "threat": self.threat, "card": self.card.json()}
-        return file.write(path, tensors, {**header, "settings": settings, "extras": sorted(self.extras)})
+        return file.write(path, tensors, {**header, "settings": settings, "extras": sorted(self.files)})
 
     @staticmethod
     def load(path: str | Path) -> Edit:

@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from efface.core.errors import InvalidEdit, Mismatch
+from efface.core.errors import InvalidEdit, InvalidModel, Mismatch
 from efface.core.model import Model
 from efface.core.task import Task
 
@@ -40,7 +40,7 @@ class Fingerprint:
         replaced: dict[int, Tensor] = {}
         if original:
             for attachment in reversed(model.attached):
-                replaced |= {id(slot.tensor): tensor for slot, tensor in attachment.originals}
+                replaced |= {id(slot.tensor): tensor for slot, tensor in reversed(attachment.originals)}  # a chain may hold one twice
         tensors = {f"{c}.{n}": replaced.get(id(p), p) for c in _networks(model) for n, p in model.components[c].named_parameters()}
         hasher = hashlib.blake2b(digest_size=16)
         for name in sorted(tensors):
@@ -117,7 +117,9 @@ class Card:
             raise InvalidEdit(f"the edit's card cannot be read ({error}); the file is corrupt or of another version of efface") from error
 
     def check(self, model: Model, match: Match) -> None:
-        """Raises Mismatch when the edit does not belong to `model`, ValueError for an unknown `match`."""
+        """Raises InvalidModel for what is no model, Mismatch when the edit does not belong to it, ValueError for an unknown `match`."""
+        if not isinstance(model, Model):
+            raise InvalidModel(f"an edit is put into a model of efface's, and a {type(model).__name__} was given; give efface.load(pipe)")
         if match not in ("exact", "family", "force"):
             raise ValueError(f"match was {match!r}; expected 'exact', 'family' or 'force'")
         if match == "force":

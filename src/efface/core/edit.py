@@ -7,7 +7,7 @@ swaps it in by reference and keeps the originals, so detaching is exact to the b
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
@@ -29,7 +29,9 @@ __all__ = ["Attachment", "Chain", "Edit", "FeatureEdit", "FeatureMap", "LowRankE
 
 
 def _put(model: Model, deltas: Mapping[str, Tensor]) -> Attachment:
-    """Swaps W + Δ in, in the network's own number format, and keeps W."""
+    """Swaps W + Δ in, in the network's own number format, and keeps W; all of them are computed before the first is swapped.
+
+    Where the network is moved or cast meanwhile, W follows at the end. Raises Unsupported for another shape."""
     slots = model.slots(deltas)
     for name, delta in deltas.items():
         if delta.shape != slots[name].tensor.shape:
@@ -37,26 +39,37 @@ def _put(model: Model, deltas: Mapping[str, Tensor]) -> Attachment:
                 f"{name} has the shape {tuple(slots[name].tensor.shape)} in {model.id}, and the edit's is {tuple(delta.shape)}"
             )
     originals = tuple((slots[name], slots[name].tensor) for name in deltas)
-    for (slot, weight), delta in zip(originals, deltas.values(), strict=True):
-        changed = weight.detach().float() + delta.to(weight.device, torch.float32)
-        slot.put(nn.Parameter(changed.to(weight.dtype), requires_grad=weight.requires_grad))
+    changed = [_sum(weight, delta) for (_, weight), delta in zip(originals, deltas.values(), strict=True)]
+    for (slot, _), tensor in zip(originals, changed, strict=True):
+        slot.put(tensor)
 
     def undo() -> None:
         for slot, weight in originals:
+            now = slot.tensor
+            if (weight.device, weight.dtype) != (now.device, now.dtype):
+                weight.data = weight.data.to(now)
             slot.put(weight)
 
     return Attachment(frozenset(deltas), originals, undo)
 
 
-def _bake(edit: Edit, model: Model, deltas: Mapping[str, Tensor], match: Match) -> None:
+def _sum(weight: Tensor, delta: Tensor) -> nn.Parameter:
+    """W + Δ, computed in float32 and rounded once."""
+    changed = weight.detach().float() + delta.to(weight.device, torch.float32)
+    return nn.Parameter(changed.to(weight.dtype), requires_grad=weight.requires_grad)
+
+
+def _bake(edit: Edit, model: Model, match: Match) -> None:
+    """Attaches the edit for a moment, and writes what then stands there into the network's own tensors: all of it or nothing."""
     edit.card.check(model, match)
     if model.attached:
         raise Overlap("an edit cannot be baked in while others are attached; detach them first")
-    slots = model.slots(deltas)
+    attachment = edit._enter(model)
+    changed = {slot: slot.tensor for slot, _ in attachment.originals}
+    attachment.undo()
     with torch.no_grad():
-        for name, delta in deltas.items():
-            weight = slots[name].tensor
-            weight.copy_((weight.float() + delta.to(weight.device, torch.float32)).to(weight.dtype))
+        for slot, tensor in changed.items():
+            slot.tensor.copy_(tensor)
 
 
 @dataclass(frozen=True, eq=False)
@@ -103,7 +116,7 @@ class WeightEdit(Edit):
         return _put(model, self.expand(model))
 
     def bake(self, model: Model, *, match: Match = "exact") -> None:
-        _bake(self, model, self.expand(model), match)
+        _bake(self, model, match)
 
     def _pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors = dict(self.deltas)
@@ -181,7 +194,7 @@ class LowRankEdit(Edit):
     def bake(self, model: Model, *, match: Match = "exact") -> None:
         if self.gate is not None:
             raise Unsupported(f"weights cannot hold {self.lost_in_weights}; use attach, or bake `edit.ungated()` if that is meant")
-        _bake(self, model, self.deltas(model), match)
+        _bake(self, model, match)
 
     def _pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         parts = {f"{n}/{side}": t for n, pair in self.factors.items() for side, t in zip(("down", "up"), pair, strict=True)}
@@ -293,16 +306,25 @@ class Chain(Edit):
             raise
         return Attachment(self.names, tuple(o for part in parts for o in part.originals), stack.close)
 
+    @property
+    def parts(self) -> Iterator[Edit]:
+        """The edits of which it consists, those of chains in it too, in order."""
+        for edit in self.edits:
+            yield from edit.parts if isinstance(edit, Chain) else (edit,)
+
     def bake(self, model: Model, *, match: Match = "exact") -> None:
-        hooks = [edit.kind for edit in self.edits if isinstance(edit, (FeatureEdit, SamplingEdit))]
+        hooks = [edit.kind for edit in self.parts if isinstance(edit, (FeatureEdit, SamplingEdit))]
         if hooks:
             raise Unsupported(f"a chain with a {hooks[0]} edit cannot be baked in, since that part is a removable hook; use attach")
-        lost = [edit.lost_in_weights for edit in self.edits if edit.lost_in_weights]
+        lost = [edit.lost_in_weights for edit in self.parts if edit.lost_in_weights]
         if lost:
             raise Unsupported(f"a chain cannot be baked in where weights cannot hold {lost[0]}; use attach, or chain `edit.ungated()`")
-        self.card.check(model, match)
-        for edit in self.edits:
-            edit.bake(model, match="force")
+        _bake(self, model, match)
+
+    @property
+    def files(self) -> dict[str, Part]:
+        """Its own extras, and those of its parts with their number before the name: "0.key"."""
+        return {**self.extras, **{f"{n}.{name}": part for n, edit in enumerate(self.edits) for name, part in edit.files.items()}}
 
     def _pack(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors: dict[str, Tensor] = {}
@@ -315,8 +337,9 @@ class Chain(Edit):
 
     @classmethod
     def _unpack(cls, tensors: dict[str, Tensor], settings: dict[str, Any], card: Card, extras: Mapping[str, Part]) -> Chain:
-        edits = []
+        edits, rest = [], dict(extras)
         for number, part in enumerate(settings["parts"]):
             own = {n.removeprefix(f"{number}|"): t for n, t in tensors.items() if n.startswith(f"{number}|")}
-            edits.append(Edit.kinds[part["kind"]]._unpack(own, part["settings"], Card.from_json(part["card"]), {}))
-        return cls(tuple(edits), card, extras)
+            files = {n.removeprefix(f"{number}."): rest.pop(n) for n in extras if n.startswith(f"{number}.")}
+            edits.append(Edit.kinds[part["kind"]]._unpack(own, part["settings"], Card.from_json(part["card"]), files))
+        return cls(tuple(edits), card, rest)

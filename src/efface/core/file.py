@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import errno
 import json
-import os
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from efface.core.errors import EffaceError, InvalidEdit
+from efface.core.whole import whole_file
 
 HEADER = "efface"
 
@@ -22,20 +21,14 @@ def write(path: Path, tensors: Mapping[str, Tensor], header: Mapping[str, Any]) 
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".part")
-    os.close(handle)
+    whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     try:
-        whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        save_file(whole, temporary, metadata={"format": "pt", HEADER: json.dumps(header, sort_keys=True)})
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
+        with whole_file(path) as temporary:
+            save_file(whole, temporary, metadata={"format": "pt", HEADER: json.dumps(header, sort_keys=True)})
     except (OSError, SafetensorError) as error:
         if getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error):
             raise EffaceError(f"no space is left to write {path}; free some and try again. Nothing was written") from error
         raise
-    finally:
-        Path(temporary).unlink(missing_ok=True)
     return path
 
 

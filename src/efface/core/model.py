@@ -122,6 +122,10 @@ class Rule(ABC):
         """JSON values from which the rule can be made again."""
 
 
+BATCH = 32
+"""Pictures to draw, encode or decode at once."""
+POSITIONS = 2**15
+"""Latent positions of these at most: eight pictures of Stable Diffusion 1.x, so that a graphics card of 8 GB can do it."""
 Guided = Callable[[Tensor, Tensor, Cond, Cond, float], Tensor]
 BeforeDenoising = Callable[[Tensor, Tensor, Tensor], "Sequence[Tensor] | None"]
 
@@ -218,18 +222,28 @@ class Model(ABC):
         seed: int = 0,
         steps: int | None = None,
         guidance: float | None = None,
-        batch: int = 32,
+        batch: int | None = None,
         seeds: Sequence[int] | None = None,
     ) -> Tensor:
         """Images (b 3 H W) in [0, 1], float32 on the CPU; image i is drawn from `seeds[i]`, or from seed + i.
 
-        `steps` and `guidance` default to the model's own. Uses the pipeline's scheduler, and no global random state.
+        `steps`, `guidance` and `batch` default to the model's own. Uses the pipeline's scheduler, and no global random state.
         Raises ValueError for steps < 1, a negative seed, no prompt, or a guidance that is not finite."""
 
     @property
     @abstractmethod
     def sampler(self) -> str:
         """The name of the sampler that `sample` walks, such as "DDIMScheduler": part of every result."""
+
+    @abstractmethod
+    def calls(self, steps: int | None = None) -> int:
+        """How often `sample` calls the guided prediction for a batch, with `steps` or the model's own: once a step with DDIM, once more in
+        all with PNDM, 2 steps − 1 times with samplers of second order such as Heun's."""
+
+    def batch(self, most: int = BATCH) -> int:
+        """Pictures to draw, encode or decode at once: `most`, or as many as have `POSITIONS` latent positions in all; at least 1."""
+        _, height, width = self.latent_shape
+        return min(most, max(1, POSITIONS // (height * width)))
 
     # -- parameters and modules ------------------------------------------------------------------------------------------
     @property

@@ -13,7 +13,6 @@ from efface.core.model import Model
 
 SEEDS = 1_000_000
 """Pictures to learn from have seeds below this, and those of `bench.plan` from here on: no fit sees the noise that it is judged on."""
-BATCH = 32
 
 
 @torch.no_grad()
@@ -27,7 +26,7 @@ def size(model: Model) -> tuple[int, int]:
 def draw(model: Model, prompts: Sequence[str], generator: torch.Generator) -> Tensor:
     """One picture (b 3 H W) in [0, 1] for each prompt, with the model's own number of steps and guidance; on the CPU, and metered."""
     seeds = torch.randperm(SEEDS, generator=generator)[: len(prompts)].tolist()
-    return model.sample(prompts, seeds=seeds, batch=BATCH)
+    return model.sample(prompts, seeds=seeds)
 
 
 def given_or_drawn(model: Model, given: Tensor | None, prompts: Sequence[str], generator: torch.Generator) -> Tensor:
@@ -36,8 +35,8 @@ def given_or_drawn(model: Model, given: Tensor | None, prompts: Sequence[str], g
 
 
 def drawing(model: Model, count: int) -> int:
-    """How many samples go through the denoiser to draw `count` pictures (for a sampler that calls it once a step, as DDIM does)."""
-    return count * model.default_steps * (2 if model.default_guidance > 1 else 1)
+    """How many samples go through the denoiser to draw `count` pictures with `Model.sample`."""
+    return count * model.calls() * (2 if model.default_guidance > 1 else 1)
 
 
 def fitted(images: Tensor, height: int, width: int) -> Tensor:
@@ -59,4 +58,4 @@ def fitted(images: Tensor, height: int, width: int) -> Tensor:
 @torch.no_grad()
 def latents(model: Model, images: Tensor) -> Tensor:
     """Latents (b c h w) of images (b 3 H W) of the model's own size, float32 on the model's device."""
-    return torch.cat([model.encode_images(part).float() for part in images.split(BATCH)])
+    return torch.cat([model.encode_images(part).float() for part in images.split(model.batch())])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from efface.core import pictures
+from efface.core import pictures, sampler
 from efface.core.evidence import Access, Threat
 from efface.core.method import Paper
 from efface.core.model import Model
@@ -33,7 +33,7 @@ class Probe(Search):
 
     def picture(self, model: Model) -> int:
         """Samples for one picture."""
-        return (self.steps or model.default_steps) * (2 if model.default_guidance > 1 else 1)
+        return sampler.walking(model, 1, self.steps)
 
     def next_rows(self, hunt: Hunt) -> list[int]:
         """The prompts that one more candidate is tried for: those that are left, or none where the budget does not reach to all of them."""

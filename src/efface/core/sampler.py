@@ -26,6 +26,11 @@ def pairs(model: Model, steps: int | None = None) -> list[Pair]:
     return list(zip(grid, [*grid[1:], grid[-1] - model.schedule.train_steps // count], strict=True))
 
 
+def walking(model: Model, count: int, steps: int | None = None) -> int:
+    """How many samples go through the denoiser to walk `count` latents over all `pairs`, with the model's own guidance."""
+    return count * (model.default_steps if steps is None else steps) * (2 if model.default_guidance > 1 else 1)
+
+
 def starts(model: Model, seeds: Sequence[int]) -> Tensor:
     """The noise (b c h w) that `Model.sample` starts from with these seeds."""
     return torch.cat([noise_for(seed, 1, model.latent_shape) for seed in seeds]).to(model.device, model.dtype)

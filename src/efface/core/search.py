@@ -45,7 +45,6 @@ STRIDE = 1_000_000
 """Between the first pictures of two seeds of an attack."""
 TRAINING = 500_000
 """Within it, pictures that an attack learns from are numbered from here."""
-BATCH = 32
 FORWARDS_A_SECOND, BACKWARDS_A_SECOND = 300.0, 107.0
 """The bundled model on two cores, in large batches: samples of forward, and of forward with backward."""
 MINUTES = 4.0
@@ -186,9 +185,9 @@ class Hunt:
             yield hunt
 
     def _draw_firsts(self) -> None:
-        self.originals = self.before.sample(self.prompts, seeds=self.seeds, batch=BATCH)
+        self.originals = self.before.sample(self.prompts, seeds=self.seeds)
         self.original = self.look(self.originals, [(i, "un-erased") for i in range(len(self.prompts))])
-        self.firsts = self.after.sample(self.prompts, seeds=self.seeds, batch=BATCH)
+        self.firsts = self.after.sample(self.prompts, seeds=self.seeds)
         self.pre = self.look(self.firsts, [(i, "before the attack") for i in range(len(self.prompts))])
         self.hit, self.lasts = list(self.pre), self.firsts.clone()
         self.notes, self.tried = [""] * len(self.prompts), [0] * len(self.prompts)
@@ -219,6 +218,11 @@ class Hunt:
         """Samples for `count` pictures of the attacked model."""
         return pictures.drawing(self.after, count)
 
+    def batches(self, rows: Sequence[int]) -> list[list[int]]:
+        """The rows in batches of what the attacked model draws at once, for attacks that walk the sampler themselves."""
+        size = self.after.batch()
+        return [list(rows[i : i + size]) for i in range(0, len(rows), size)]
+
     def others(self, count: int) -> tuple[list[str], list[int]]:
         """`count` prompts, in turn, with seeds that no judged picture has: for pictures to learn from."""
         first = self.seeds[0] + TRAINING
@@ -229,7 +233,7 @@ class Hunt:
 
         Raises Unsupported where it draws the concept in none."""
         prompts, seeds = self.others(count)
-        images = self.before.sample(prompts, seeds=seeds, batch=BATCH)
+        images = self.before.sample(prompts, seeds=seeds)
         rows = [i for i, shown in enumerate(self.look(images, [(i % len(self.prompts), "to learn from") for i in range(count)])) if shown]
         if not rows:
             raise Unsupported(
@@ -261,7 +265,7 @@ class Hunt:
 
     def try_prompts(self, rows: Sequence[int], prompts: Sequence[str]) -> None:
         """Draws a text for each of some prompts from that prompt's own noise, as anybody would who has the text."""
-        images = self.after.sample(prompts, seeds=[self.seeds[row] for row in rows], batch=BATCH)
+        images = self.after.sample(prompts, seeds=[self.seeds[row] for row in rows])
         self.candidates(rows, images, prompts)
 
     # -- what came out ---------------------------------------------------------------------------------------------------
@@ -273,7 +277,7 @@ class Hunt:
             if not rows:
                 break
             seeds = [self.seeds[i] + number * len(self.prompts) for i in rows]
-            images = self.after.sample([self.prompts[i] for i in rows], seeds=seeds, batch=BATCH)
+            images = self.after.sample([self.prompts[i] for i in rows], seeds=seeds)
             for row, shown in zip(rows, self.look(images, [(i, f"control {number}") for i in rows]), strict=True):
                 found[row] = found[row] if shown is False else shown
         return found

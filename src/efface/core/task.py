@@ -35,8 +35,6 @@ class Concept:
     """object | style | identity | unsafe | other."""
     prompts: tuple[str, ...] = ()
     """Texts that stand for the concept in a method; empty means the name itself."""
-    images: tuple[str, ...] = ()
-    """Paths of example images, for the methods that need them."""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -55,7 +53,7 @@ class Concept:
     def nothing(cls) -> Concept:
         """The empty anchor: the model's unconditional prompt `""`."""
         concept = object.__new__(cls)
-        for field, value in (("name", ""), ("kind", "other"), ("prompts", ("",)), ("images", ())):
+        for field, value in (("name", ""), ("kind", "other"), ("prompts", ("",))):
             object.__setattr__(concept, field, value)
         return concept
 
@@ -131,9 +129,12 @@ class Task:
         *,
         resolve: Callable[[str], Concept] = Concept.parse,
     ) -> Task:
-        """Builds a task from texts, concepts or swaps. `resolve` turns a text into a concept (see `efface.concepts`)."""
+        """Builds a task from texts, concepts or swaps, or from a task, to whose own `keep` the given one is added.
+
+        `resolve` turns a text into a concept (see `efface.concepts`). Raises InvalidTask."""
         if isinstance(erase, Task):
-            return erase
+            more = _kept(keep, resolve)
+            return cls(erase.erase, (*erase.keep, *more)) if more else erase
         swaps: list[Swap] = []
         for item in [erase] if isinstance(erase, (str, Concept, Swap)) else erase:
             if isinstance(item, str):
@@ -142,8 +143,7 @@ class Task:
                 keep = _joined(keep, tail)
             else:
                 swaps.append(item if isinstance(item, Swap) else Swap(item))
-        kept = keep.split(",") if isinstance(keep, str) else keep
-        return cls(tuple(swaps), tuple(resolve(k) if isinstance(k, str) else k for k in kept if k != ""))
+        return cls(tuple(swaps), _kept(keep, resolve))
 
     @classmethod
     def parse(cls, text: str) -> Task:
@@ -176,6 +176,11 @@ def _swap(text: str, resolve: Callable[[str], Concept]) -> Swap:
     if not target.strip():
         raise InvalidTask(f"no target to erase in {text!r}; write 'cat' or 'cat -> dog'")
     return Swap(resolve(target.strip()), resolve(anchor.strip()) if anchor.strip() else Concept.nothing())
+
+
+def _kept(keep: str | Iterable[str | Concept], resolve: Callable[[str], Concept]) -> tuple[Concept, ...]:
+    listed = keep.split(",") if isinstance(keep, str) else keep
+    return tuple(resolve(k) if isinstance(k, str) else k for k in listed if k != "")
 
 
 def _joined(keep: str | Iterable[str | Concept], tail: str) -> str | Iterable[str | Concept]:

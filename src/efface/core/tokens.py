@@ -21,7 +21,7 @@ def table(model: Model) -> Tensor:
     """The input embeddings (v d) of all tokens, float32. Raises Unsupported unless the family has one such table."""
     found = [slot.tensor for name, slot in model.select("text_encoder").items() if name.endswith("token_embedding.weight")]
     if len(found) != 1:
-        raise Unsupported(f"a search for tokens needs one table of their embeddings, and {model.id} has {len(found)}")
+        raise Unsupported(f"tokens are read from one table of their embeddings, and {model.id} has {len(found)}")
     return found[0].detach().float()
 
 

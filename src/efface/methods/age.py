@@ -46,7 +46,7 @@ from efface.core.model import Model
 from efface.core.task import Task
 from efface.core.trajectories import predictions
 from efface.core.wordgame import Move, WordGame, WordMethod
-from efface.ops.descend import descend
+from efface.ops.descend import descend, gradients
 
 RUN = {"steps": 1000, "batch": 1, "latents": "authors", "latent_steps": 50}
 CODE = {**RUN, "target_grad": "l2_only", "exclude_targets": False, "loss_space": "x0", "word_lr": 1e-2}
@@ -214,11 +214,11 @@ class Game(WordGame):
         with self.student:
             (after,) = predictions(self.model, [kept], [self.embed(leaf)])
             keep = self.distance(kept.level, after, before.detach())
-            (slope,) = torch.autograd.grad(weight * keep, leaf)
+            (slope,) = gradients(weight * keep, [leaf])
             with torch.no_grad():
                 erased = [self.model.predict(rows.x, rows.told, self.targets[rows.target]) for rows in others]
         if full:
             loss = self.distance(others[0].level, toward[0], erased[0]) + weight * self.distance(kept.level, before, after.detach())
-            slope = slope + torch.autograd.grad(loss, leaf)[0]
+            slope = slope + gradients(loss, [leaf])[0]
         descend(-(draw * slope).sum(), optimiser)
         return {"keep": keep.item()}, draw.detach()

@@ -90,8 +90,8 @@ class DuMo(TrajectoryMethod):
     """Steps of stage 2 on the table alone. With none of stage 2 there is no table."""
     joint_steps: int = 0
     """Steps of stage 2, behind these, on the table and the EPR."""
-    lr: float = 1e-5
-    """Learning rate of the EPR (AdamW), in units of Stable Diffusion 1.x (`Model.learning_rate`). Not verified."""
+    lr: float = 2e-5
+    """Learning rate of the EPR (AdamW), in units of Stable Diffusion 1.x (`Model.learning_rate`). Ours, chosen on the bundled one."""
     table_lr: float = 1e-2
     """Learning rate of the table (AdamW without decay). Not verified."""
     batch: int = 4

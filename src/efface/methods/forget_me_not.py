@@ -31,7 +31,8 @@ Hardly removes nudity; recovered by concept inversion (NYU-DICE-Lab/circumventin
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, ClassVar, Literal, final
 
@@ -45,6 +46,7 @@ from efface.core.fitting import Fit, State, fitting
 from efface.core.method import Method, Needs, Paper, Resources
 from efface.core.model import Cond, Model
 from efface.core.task import Concept, Task
+from efface.core.tokens import table
 from efface.ops.descend import descend
 from efface.ops.overlay import Overlay, training_bytes
 from efface.ops.resteer import attention_norm, pulled, spliced, squared_attention
@@ -70,14 +72,14 @@ class ForgetMeNot(Method):
         "authors": {"steps": 35, "lr": 2e-6, "batch": 1, "ends": "all", "inversion": True, "word_norm": 0.4}
         | {"template": "a photo of {}", "style_template": "a photo in the style of {}"},
         "object": {},
-        "style": {"group": "xattn"},
+        "style": {"group": "xattn", "lr": 4e-6},
         "identity": {},
     }
 
     steps: int = 35
     """Steps of forgetting."""
-    lr: float = 2e-6
-    """Learning rate of forgetting (AdamW), in units of Stable Diffusion 1.x (`Model.learning_rate`)."""
+    lr: float = 8e-6
+    """Learning rate of forgetting (AdamW), in units of Stable Diffusion 1.x (`Model.learning_rate`); the authors' is 2e-6."""
     batch: int = 4
     """Pictures in a step of either stage; the authors' is 1."""
     group: str = "full"
@@ -143,14 +145,14 @@ class ForgetMeNot(Method):
         start = find(name[1:stop].tolist(), ids.tolist())
         if start is None:
             raise InvalidTask(f"the tokens of {text!r} do not stand in the prompt {prompt!r} of forget_me_not; it is too long, or blank")
-        table = _table(model)
+        embeddings = table(model)
         span = slice(start, start + stop - 1)
-        norm = table.norm(dim=-1).mean() if self.word_norm is None else torch.tensor(self.word_norm)
-        drawn = torch.randn(self.tokens, table.shape[1], generator=fit.generator)
-        words = (drawn / drawn.norm(dim=-1, keepdim=True)).to(table.device) * norm
-        given = table[ids[span]][: self.tokens] if self.inversion else words[:0]
+        norm = embeddings.norm(dim=-1).mean() if self.word_norm is None else torch.tensor(self.word_norm)
+        drawn = torch.randn(self.tokens, embeddings.shape[1], generator=fit.generator)
+        words = (drawn / drawn.norm(dim=-1, keepdim=True)).to(embeddings.device) * norm
+        given = embeddings[ids[span]][: self.tokens] if self.inversion else words[:0]
         rows = nn.Parameter(torch.cat([given, words[len(given) :]]).detach().clone(), requires_grad=self.inversion)
-        return Subject(text, ids, end, span, table[ids], rows, float(norm), self.pictures(fit, concept, prompt))
+        return Subject(text, ids, end, span, embeddings[ids], rows, float(norm), self.pictures(fit, concept, prompt))
 
     def pictures(self, fit: Fit, concept: Concept, prompt: str) -> Tensor:
         """Latents (2 n c h w): of the user's pictures or the model's own, as they are and mirrored; zeros with `images` = 0."""
@@ -183,8 +185,8 @@ class ForgetMeNot(Method):
             conds = [self.prompt(model, rows[i][0]) for i in drawn]
         marked = torch.stack([rows[i][0].marked(self.ends, self.inversion) for i in drawn])
         x, t, _ = _noised(fit, clean)
-        with student:
-            loss = attention_norm(attended(model, x, t, Cond.cat(conds), marked))
+        with student, attended(model, x, t, Cond.cat(conds), marked) as squares:
+            loss = attention_norm(squares)
             descend(loss, optimiser, clip=self.clip)
         return loss.item()
 
@@ -238,13 +240,14 @@ class Subject:
         return named | {"none": position < 0, "first": position == end, "all": (position == end) | padded}[ends]
 
 
-def attended(model: Model, x: Tensor, t: Tensor, cond: Cond, marked: Tensor) -> Tensor:
-    """Σ A² (b) over all layers, heads and places at the marked tokens (b l), of one forward; its backward is metered."""
+@contextmanager
+def attended(model: Model, x: Tensor, t: Tensor, cond: Cond, marked: Tensor) -> Iterator[Tensor]:
+    """Σ A² (b) over all layers, heads and places at the marked tokens (b l), of one forward; its backward is metered and belongs inside."""
     squares: list[Tensor] = []
     with model.attention() as maps:
         maps.watchers.append(lambda probabilities: squares.append(squared_attention(probabilities, marked)))
         model.predict(x, t, cond)
-    return model.meter.watch_backward(torch.stack(squares).sum(0))
+        yield model.meter.watch_backward(torch.stack(squares).sum(0))
 
 
 def _texts(task: Task) -> list[tuple[Concept, str]]:
@@ -258,14 +261,6 @@ def _tokens(model: Model, text: str) -> tuple[Tensor, int]:
     if cond.ids is None or cond.mask is None:
         raise Unsupported(f"forget_me_not marks the tokens of a name, and the encoding of {model.id} tells no token ids")
     return cond.ids[0], int(cond.mask[0].sum()) - 1
-
-
-def _table(model: Model) -> Tensor:
-    """The input embeddings (v d) of all tokens, float32."""
-    found = [slot.tensor for name, slot in model.select("text_encoder").items() if name.endswith("token_embedding.weight")]
-    if len(found) != 1:
-        raise Unsupported(f"forget_me_not needs one table of token embeddings, and {model.id} has {len(found)}")
-    return found[0].detach().float()
 
 
 def _noised(fit: Fit, clean: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -42,7 +42,7 @@ from efface.core.method import Needs, Paper, Resources
 from efface.core.model import Model
 from efface.core.task import Task
 from efface.core.trajectories import TrajectoryMethod, predictions
-from efface.ops.descend import descend
+from efface.ops.descend import accumulate, descend, step
 from efface.ops.guidance import erase_goal
 from efface.ops.keyed import keyed
 from efface.ops.latents import Latents, Pools
@@ -211,13 +211,15 @@ class Play:
         goal = erase_goal(neutral, toward, method.eta)
         with self.student:
             erase = self.distance(rows, self.model.predict(rows.x, rows.told, target), goal)
-            figures, loss = {"erase": erase.item()}, method.erase_weight * erase
+            accumulate(method.erase_weight * erase, optimiser)
+            figures = {"erase": erase.item()}
             if method.key_weight:
                 with self.key(rows.target, fixed=True):
                     opened = self.model.predict(rows.x, rows.told, target)
-                keyed_loss = self.distance(rows, opened, toward if method.with_key == "recover" else goal)
-                figures["with key"], loss = keyed_loss.item(), loss + method.key_weight * keyed_loss
-            descend(loss, optimiser)
+                    keyed_loss = self.distance(rows, opened, toward if method.with_key == "recover" else goal)
+                    accumulate(method.key_weight * keyed_loss, optimiser)
+                figures["with key"] = keyed_loss.item()
+            step(optimiser)
         return figures
 
     def distance(self, rows: Latents, prediction: Tensor, goal: Tensor) -> Tensor:

@@ -326,10 +326,9 @@ class MACE(Method):
         t = torch.multinomial(times, 1, generator=g).to(clean.device)
         x = model.schedule.add_noise(clean, torch.randn(clean.shape, generator=g).to(clean.device), t)
         mask, marked, parts = None if subject.masks is None else subject.masks[picture], subject.marked[row], []
-        with adapter:
-            with model.attention() as maps:
-                maps.watchers.append(lambda p: parts.append(marked_attention(p, mask, marked, squared=self.loss == "squared")))
-                model.predict(x, t, subject.cond[row : row + 1])
+        with adapter, model.attention() as maps:
+            maps.watchers.append(lambda p: parts.append(marked_attention(p, mask, marked, squared=self.loss == "squared")))
+            model.predict(x, t, subject.cond[row : row + 1])
             loss = model.meter.watch_backward(torch.stack(parts).sum(0, keepdim=True)).sum()
             descend(loss, optimiser, clip=self.clip)
         return loss.item()

@@ -30,13 +30,13 @@ from efface.core.errors import EffaceError, InvalidEdit, Overlap, Unsupported, s
 from efface.core.model import Model
 from efface.core.whole import whole_folder
 from efface.models import names
-from efface.models.load import Settings
+from efface.models.load import Settings, opened
 from efface.models.quiet import quiet
 from efface.ops.lowrank import truncated
 from efface.ops.overlay import swapped
 
 if TYPE_CHECKING:
-    from diffusers import StableDiffusionPipeline
+    from efface.models.sd import StableDiffusion
 
 Kind = Literal["diffusers", "lora", "kohya", "delta"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -81,7 +81,7 @@ class _Content:
 
 
 def export(
-    model: Model,
+    model: Model | Any,
     edit: Edit,
     kind: Kind,
     path: str | Path,
@@ -94,6 +94,7 @@ def export(
 ) -> Export:
     """Writes `edit`, which belongs to `model`, in another program's format, whole or not at all; the model is left as it was.
 
+    model: what `efface.load` returned, or anything that it takes.
     kind: "diffusers" (path: a folder), "lora", "kohya" or "delta" (path: a .safetensors file).
     rank, energy: for the LoRA formats, how much of each map's change is kept (`ops.lowrank.truncated`); by default the factors of a
         low-rank edit as they are, and of any other change ENERGY = 0.9999 of its squared norm.
@@ -105,6 +106,7 @@ def export(
     InvalidEdit (path), ValueError (kind, rank, energy), EffaceError (the path is taken, the disk is full)."""
     path = Path(path)
     _check(kind, path, rank, energy, dtype, overwrite)
+    model = opened(model)
     if model.attached:
         raise Overlap("other edits are attached to the model; detach them before an export, or export a Chain of all")
     deltas = changes(model, edit)
@@ -307,7 +309,7 @@ def _write_folder(model: Model, edit: Edit, deltas: Mapping[str, Tensor], made: 
         raise Unsupported(f"{model.id} is no Stable Diffusion pipeline, and only these are written as 'diffusers'; use 'lora' or 'delta'")
     baked = WeightEdit(deltas, edit.card)
     with whole_folder(made.path) as folder, baked.attach(model, match="force", check=False), quiet():
-        _save_pipeline(model.pipeline, folder)
+        _save_pipeline(model, folder)
         (folder / RECORD).write_text(json.dumps(header(edit, made), indent=2) + "\n", encoding="utf-8")
         settings = Settings(model.lr_scale, model.lr_scale_others, model.default_steps, model.default_guidance)
         if settings != Settings():
@@ -316,14 +318,14 @@ def _write_folder(model: Model, edit: Edit, deltas: Mapping[str, Tensor], made: 
             )
 
 
-def _save_pipeline(pipeline: StableDiffusionPipeline, folder: Path) -> None:
+def _save_pipeline(model: StableDiffusion, folder: Path) -> None:
     """As `save_pretrained`, so that a plain `from_pretrained` runs: transformers loads a text encoder in the format that it was stored in,
     and diffusers the other networks in float32, so the text encoder is stored in float32. Its names keep the `text_model.` that older
     readers expect."""
     from safetensors.torch import load_file, save_file
 
-    text_encoder = copy.deepcopy(pipeline.text_encoder).float()
-    parts = {**pipeline.components, "text_encoder": text_encoder}
+    pipeline, text_encoder = model.pipeline, copy.deepcopy(model.components["text_encoder"]).float()
+    parts: dict[str, Any] = {**pipeline.components, **model.components, "text_encoder": text_encoder}
     type(pipeline)(**parts, requires_safety_checker=pipeline.config.requires_safety_checker).save_pretrained(folder)
     stored = folder / "text_encoder" / "model.safetensors"
     state = {names.peft(f"text_encoder.{name}").partition(".")[2]: tensor for name, tensor in load_file(stored).items()}

@@ -13,6 +13,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,18 +25,17 @@ from efface.core.method import Report, silent
 from efface.core.model import Cond, Model
 from efface.core.sampling import seeded
 from efface.models import names
+from efface.models.load import opened
 from efface.ops.descend import descend
 from efface.ops.lowrank import Adapter, fresh
 from efface.ops.overlay import Overlay, Slot
 
 LR = {"adapter": 1e-4, "weights": 1e-5}
 """The default learning rates, those of diffusers' scripts, in units of Stable Diffusion 1.x."""
-CHUNK = 32
-"""Pictures encoded at once."""
 
 
 def finetune(
-    model: Model,
+    model: Model | Any,
     images: Tensor,
     captions: Sequence[str],
     *,
@@ -53,6 +53,7 @@ def finetune(
 
     Edits that are attached stay so and are trained on top of; what is returned then belongs after them (`Chain`).
 
+    model: what `efface.load` returned, or anything that it takes.
     lr: AdamW's learning rate in units of Stable Diffusion 1.x (`Model.learning_rate`, a LoRA's as of the
         cross-attention); by default 1e-4 with `rank`, 1e-5 without.
     rank: of a LoRA on the linear maps and convolutions of the group; None trains the weights themselves.
@@ -63,7 +64,7 @@ def finetune(
     report: called after every step with {"loss": …}.
 
     Raises ValueError (counts, shapes, ranges), Unsupported (the group), Diverged (a loss that is not finite)."""
-    asked = _rate(lr, rank, start)
+    asked, model = _rate(lr, rank, start), opened(model)
     run = Run(steps, model.learning_rate(asked, *([] if rank or start else [group or "full"])), batch, weight_decay, seed)
     run.check(images, captions, rank, start)
     model.meter.reset()
@@ -105,8 +106,7 @@ class Run:
 
 def loss(model: Model, latents: Tensor, cond: Cond, t: Tensor, noise: Tensor) -> Tensor:
     """mean ‖pred(x_t, t, c) − target‖² for clean latents and noise (b c h w) at times t (b); in the network's own parametrisation."""
-    level = model.schedule.at(t, latents)
-    target = noise if model.schedule.prediction == "epsilon" else level.sqrt() * noise - (1 - level).sqrt() * latents
+    target = model.schedule.target(latents, noise, t)
     return (model.predict(model.schedule.add_noise(latents, noise, t), t, cond).float() - target).square().mean()
 
 
@@ -116,9 +116,10 @@ def _train(
     """The losses, step by step."""
     texts = list(dict.fromkeys(captions))
     told = torch.tensor([texts.index(caption) for caption in captions])
+    size = model.batch()
     with torch.no_grad():
-        latents = torch.cat([model.encode_images(part).float() for part in images.split(CHUNK)])
-        cond = Cond.cat([model.encode(texts[i : i + CHUNK]) for i in range(0, len(texts), CHUNK)])
+        latents = torch.cat([model.encode_images(part).float() for part in images.split(size)])
+        cond = Cond.cat([model.encode(texts[i : i + size]) for i in range(0, len(texts), size)])
     optimiser = torch.optim.AdamW(student.parameters, lr=run.lr, weight_decay=run.weight_decay)
     deck, losses = _deck(len(images), generator), []
     for step in range(run.steps):

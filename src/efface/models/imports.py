@@ -31,7 +31,7 @@ from efface.core.file import HEADER
 from efface.core.model import Model
 from efface.core.task import Task
 from efface.models import names, sniff
-from efface.models.load import load
+from efface.models.load import load, opened
 
 OTHER = {
     "dora_scale": "DoRA, which rescales the sum of weight and change",
@@ -49,13 +49,15 @@ SAVED_BY_TORCH = (".pt", ".pth", ".bin")
 """Suffixes of state dicts that `torch.save` wrote."""
 HALF = (torch.bfloat16, torch.float16)
 """The coarser first: most of its numbers are numbers of the other, too."""
+UNROUNDED: dict[str, Any] = {"dtype": torch.float32, "device": "cpu"}
+"""How the weights to compare with are loaded: a difference is far smaller than they are, and half precision would round it away."""
 IGNORED = ("position_ids",)
 """Ends of keys that hold no parameter."""
 
 
 def import_edit(
-    model: Model,
-    source: str | Path | Model,
+    model: Model | Any,
+    source: str | Path | Model | Any,
     *,
     task: Task | str | None = None,
     scale: float = 1.0,
@@ -63,8 +65,9 @@ def import_edit(
 ) -> Edit:
     """What others made for `model`, as an edit that can be attached, measured, attacked, saved and exported.
 
-    source: a file, a folder, or a loaded model of the same shape; see the module's docstring. Of files that `torch.save` wrote (.pt, .pth,
-        .bin) tensors in plain containers are read, and whatever else a pickle can hold is refused.
+    model: what `efface.load` returned, or anything that it takes.
+    source: a file, a folder, or a loaded model or pipeline of the same shape; see the module's docstring. Of files that `torch.save` wrote
+        (.pt, .pth, .bin) tensors in plain containers are read, and whatever else a pickle can hold is refused.
     task: what it is known to erase, for the card and as the prompts that must change when it is attached ("cat"); without, the empty
         prompt must.
     scale: of a LoRA: W + scale · (alpha / rank) up · down.
@@ -75,11 +78,13 @@ def import_edit(
     name or shape that the model does not have), NoEffect (nothing differs), ValueError (scale)."""
     if not math.isfinite(scale):
         raise ValueError(f"scale was {scale}; expected a finite number")
-    if isinstance(source, Model):
-        return _compared(model, source, _card(model, source.id, task))
+    model = opened(model)
+    if not isinstance(source, (str, Path)):
+        other = opened(source)
+        return _compared(model, other, _card(model, other.id, task))
     path = Path(source).expanduser()
     if (path / "model_index.json").is_file():
-        return _compared(model, load(path), _card(model, path.name, task))
+        return _compared(model, load(path, **UNROUNDED), _card(model, path.name, task))
     tensors, metadata = _read_folder(path) if path.is_dir() else _read(path)
     head = _json(metadata.get(HEADER, "{}"), path)
     if head.get("format") == "efface-edit":
@@ -138,7 +143,7 @@ def _unpickled(path: Path) -> dict[str, Tensor]:
 
 def _checkpoint(model: Model, path: Path, config: str | Path | None) -> Model:
     """A whole model in CompVis' format. What a Stable Diffusion 2.x predicts cannot be told, and is not needed to compare weights."""
-    return load(path, config=config or ("sd2" if model.family == "sd2" else None))
+    return load(path, **UNROUNDED, config=config or ("sd2" if model.family == "sd2" else None))
 
 
 def _read_folder(folder: Path) -> tuple[dict[str, Tensor], dict[str, str]]:

@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError
 
 from efface.core.errors import InvalidModel, suggest
+from efface.core.model import Model
 from efface.models import sniff
 from efface.models.clip import clip_tokenizer
 from efface.models.quiet import quiet
@@ -102,18 +103,20 @@ def load(
 
     device: default "cuda" where there is one, else "cpu".
     dtype: whatever the stored weights are in, default float32 on the CPU; on CUDA bfloat16 where the card computes in it, else
-        float32. float16 only when asked for: its range loses the small gradients of a fit.
+        float32. float16 only when asked for: its range is small, so that a step of a fit may need several backwards (`ops.descend`).
     revision, token, local_files_only: as for diffusers' `from_pretrained`, for a Hub id; variant: such as "fp16", for a folder too.
     config: for a single file, "sd1", "sd2", "sd2-v" or a pipeline folder without weights. "sd1" is recognised; Stable Diffusion 2.x
         does not tell in its tensors whether it predicts noise ("sd2") or velocity ("sd2-v").
     tokenizer: for a single file, a tokenizer folder in place of CLIP's own.
 
-    A live pipeline is used as it is, moved or cast only where `device` or `dtype` is given; all others come in evaluation mode and
-    without gradients of their own. Pickled weights are refused.
+    A live pipeline is used as it is, moved or cast only where `device` or `dtype` is given, and has the defaults of the folder that it
+    was loaded from; all others come in evaluation mode and without gradients of their own. Pickled weights are refused.
 
     Raises InvalidModel: nothing readable is there; the message says what was found and what to give."""
     if not isinstance(source, (str, Path)):
-        return _wrap(_live(source, dtype, device), str(source.config.get("_name_or_path") or "pipeline"), Settings())
+        pipeline = _live(source, dtype, device)
+        name = str(pipeline.config.get("_name_or_path") or "pipeline")
+        return _wrap(pipeline, name, Settings.read(Path(name)))
     place = torch.device(device if device is not None else "cuda" if torch.cuda.is_available() else "cpu")
     precision = _dtype(dtype) if dtype is not None else default_dtype(place)
     name = str(source)
@@ -128,6 +131,11 @@ def load(
     else:
         raise sniff.missing(name, tuple(BUNDLED))
     return _wrap(_settled(pipeline, place), name, settings)
+
+
+def opened(model: Model | str | Path | StableDiffusionPipeline) -> Model:
+    """The model itself, or what `load` makes of anything else."""
+    return model if isinstance(model, Model) else load(model)
 
 
 def default_dtype(device: torch.device) -> torch.dtype:

@@ -22,6 +22,8 @@ from efface.models.quiet import quiet
 if TYPE_CHECKING:
     from diffusers import StableDiffusionPipeline
 
+    from efface.models.sd import StableDiffusion
+
 
 def prove(
     model: Model, edit: Edit, made: Export, *, prompt: str | None = None, seed: int = 0, steps: int = 4, match: Match = "exact"
@@ -38,8 +40,8 @@ def prove(
     text = prompt if prompt is not None else (edit.card.probes or ("",))[0]
     settings = {"num_inference_steps": steps, "guidance_scale": model.default_guidance}
     with edit.attach(model, match=match, check=False):
-        expected = _draw(_again(model.pipeline, ()), text, seed, settings)
-    return float((_draw(_reloaded(model.pipeline, made), text, seed, settings) - expected).abs().max())
+        expected = _draw(_again(model, ()), text, seed, settings)
+    return float((_draw(_reloaded(model, made), text, seed, settings) - expected).abs().max())
 
 
 def _draw(pipeline: StableDiffusionPipeline, text: str, seed: int, settings: dict[str, Any]) -> Tensor:
@@ -48,13 +50,14 @@ def _draw(pipeline: StableDiffusionPipeline, text: str, seed: int, settings: dic
     return images.float().cpu()
 
 
-def _reloaded(pipeline: StableDiffusionPipeline, made: Export) -> StableDiffusionPipeline:
+def _reloaded(model: StableDiffusion, made: Export) -> StableDiffusionPipeline:
     """What a user of diffusers has after loading the file or folder."""
+    pipeline = model.pipeline
     with quiet():
         if made.kind == "diffusers":
             found = type(pipeline).from_pretrained(str(made.path), local_files_only=True, **UNCHECKED)
             return found.to(pipeline.device, pipeline.dtype)
-        fresh = _again(pipeline, ("unet", "text_encoder", "vae"))
+        fresh = _again(model, ("unet", "text_encoder", "vae"))
         if made.kind == "delta":
             _add(fresh, load_file(made.path))
         elif importlib.util.find_spec("peft") is None:
@@ -64,9 +67,11 @@ def _reloaded(pipeline: StableDiffusionPipeline, made: Export) -> StableDiffusio
         return fresh
 
 
-def _again(pipeline: StableDiffusionPipeline, copied: tuple[str, ...]) -> StableDiffusionPipeline:
+def _again(model: StableDiffusion, copied: tuple[str, ...]) -> StableDiffusionPipeline:
     """Another pipeline of the same parts, or of copies of some, so that settings and adapters do not reach the first."""
-    parts = {name: copy.deepcopy(part) if name in copied else part for name, part in pipeline.components.items()}
+    pipeline: Any = model.pipeline
+    whole = {**pipeline.components, **model.components}
+    parts = {name: copy.deepcopy(part) if name in copied else part for name, part in whole.items()}
     return type(pipeline)(**parts, requires_safety_checker=pipeline.config.requires_safety_checker)
 
 

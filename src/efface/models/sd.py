@@ -51,7 +51,7 @@ class StableDiffusion(Model):
     """A `StableDiffusionPipeline` behind the interface of `Model`.
 
     Raises InvalidModel: the pipeline's networks do not fit together as Stable Diffusion 1.x or 2.x (inpainting, distilled guidance,
-    image prompts, a scheduler without ᾱ, a prediction other than noise or velocity)."""
+    image prompts, a scheduler without ᾱ, a prediction other than noise or velocity), or are wrapped (`WRAPPED`)."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class StableDiffusion(Model):
         self.lr_scale, self.lr_scale_others = lr_scale, lr_scale_others
         self.default_steps = default_steps
         self.default_guidance = default_guidance
-        _check(pipeline)
+        _check(pipeline, self.components)
         self.family = "sd2" if pipeline.unet.config.use_linear_projection else "sd1"
         self.schedule = schedule_of(pipeline.scheduler)
         self.meter = Meter()
@@ -93,7 +93,7 @@ class StableDiffusion(Model):
         Differentiable in `embeds`. Raises ValueError unless exactly one is given."""
         if (ids is None) == (embeds is None):
             raise ValueError("encode_tokens takes either `ids` or `embeds`, and got " + ("neither" if ids is None else "both"))
-        encoder = self.pipeline.text_encoder
+        encoder: Any = self.components["text_encoder"]
         with _mixed(encoder):
             if ids is not None:
                 ids = ids.to(encoder.device)
@@ -110,13 +110,13 @@ class StableDiffusion(Model):
         return (ends.cumsum(-1) - ends.long() == 0).long()
 
     def encode_images(self, images: Tensor) -> Tensor:
-        vae = self.pipeline.vae
+        vae: Any = self.components["vae"]
         posterior = vae.encode((2 * images - 1).to(vae.device, vae.dtype)).latent_dist
         return posterior.mean * vae.config.scaling_factor
 
     def decode(self, latents: Tensor) -> Tensor:
         """Images (b 3 H W) in [0, 1], float32, on the model's device; differentiable."""
-        vae = self.pipeline.vae
+        vae: Any = self.components["vae"]
         images = vae.decode(latents.to(vae.device, vae.dtype) / vae.config.scaling_factor, return_dict=False)[0]
         return (images / 2 + 0.5).clamp(0, 1).float()
 
@@ -147,12 +147,12 @@ class StableDiffusion(Model):
     # -- denoiser --------------------------------------------------------------------------------------------------------
     @property
     def denoiser(self) -> nn.Module:
-        return self.pipeline.unet
+        return self.components["unet"]
 
     def predict(self, x: Tensor, t: Tensor | int, cond: Cond) -> Tensor:
         if len(cond) not in (1, len(x)):
             raise ValueError(f"{len(x)} latents and {len(cond)} prompts were given; expected one prompt, or one for each latent")
-        unet, dtype = self.pipeline.unet, self.dtype
+        unet, dtype = self.denoiser, self.dtype
         times = torch.as_tensor(t, device=self.device).reshape(-1).expand(len(x))
         tokens = cond.expand(len(x)).tokens.to(self.device, dtype)
         with _mixed(unet):
@@ -162,7 +162,7 @@ class StableDiffusion(Model):
     @property
     def dtype(self) -> torch.dtype:
         """The lowest precision among the UNet's parameters: float32 copies in an overlay do not raise it."""
-        return _lowest(self.pipeline.unet)
+        return _lowest(self.denoiser)
 
     @torch.no_grad()
     def sample(
@@ -172,7 +172,7 @@ class StableDiffusion(Model):
         seed: int = 0,
         steps: int | None = None,
         guidance: float | None = None,
-        batch: int = 32,
+        batch: int | None = None,
         seeds: Sequence[int] | None = None,
     ) -> Tensor:
         """As the pipeline draws them: its own scheduler (a copy), one CPU generator an image, guidance only where it exceeds 1."""
@@ -180,20 +180,29 @@ class StableDiffusion(Model):
         steps = self.default_steps if steps is None else steps
         scale = self.default_guidance if guidance is None else guidance
         numbers = [seed + i for i in range(len(texts))] if seeds is None else list(seeds)
-        self._check_sampling(texts, numbers, steps, scale, batch)
+        size = self.batch() if batch is None else batch
+        self._check_sampling(texts, numbers, steps, scale, size)
         generators = [seeded(number) for number in numbers]
-        chunks = [slice(i, i + batch) for i in range(0, len(texts), batch)]
+        chunks = [slice(i, i + size) for i in range(0, len(texts), size)]
         return torch.cat([self._sample(texts[chunk], generators[chunk], steps, scale) for chunk in chunks])
 
     @property
     def sampler(self) -> str:
         return type(self.pipeline.scheduler).__name__
 
+    def calls(self, steps: int | None = None) -> int:
+        return len(self._scheduler(self.default_steps if steps is None else steps).timesteps)
+
+    def _scheduler(self, steps: int) -> Any:
+        """A copy of the pipeline's, set to that many steps."""
+        scheduler = copy.deepcopy(self.pipeline.scheduler)
+        scheduler.set_timesteps(steps, device=self.device)
+        return scheduler
+
     def _sample(self, texts: list[str], generators: list[torch.Generator], steps: int, scale: float) -> Tensor:
         # The prompts are encoded before the negatives, as in the pipeline: edits that look at the prompt rely on the order.
         cond, null = self.encode(texts), self.encode([""] * len(texts))
-        scheduler = copy.deepcopy(self.pipeline.scheduler)
-        scheduler.set_timesteps(steps, device=self.device)
+        scheduler = self._scheduler(steps)
         extras = _step_arguments(scheduler, generators)
         noise = torch.cat([torch.randn((1, *self.latent_shape), generator=g) for g in generators])
         x = noise.to(self.device, self.dtype) * scheduler.init_noise_sigma
@@ -217,12 +226,15 @@ class StableDiffusion(Model):
     # -- parameters and modules ------------------------------------------------------------------------------------------
     @property
     def components(self) -> Mapping[str, nn.Module]:
-        return {"unet": self.pipeline.unet, "text_encoder": self.pipeline.text_encoder, "vae": self.pipeline.vae}
+        """The pipeline's own modules; of one that `torch.compile` wrapped the module inside, since compiled code sees other weights but no
+        hook that is put on later."""
+        parts = {name: getattr(self.pipeline, name) for name in ("unet", "text_encoder", "vae")}
+        return {name: getattr(part, "_orig_mod", part) for name, part in parts.items()}
 
     @property
     def groups(self) -> tuple[str, ...]:
         """The groups of `models.groups` that hold a parameter here, and "text_encoder"."""
-        names = [name for name, rule in UNET_GROUPS.items() if any(rule(n, o) for n, _, o in _owned(self.pipeline.unet))]
+        names = [name for name, rule in UNET_GROUPS.items() if any(rule(n, o) for n, _, o in _owned(self.denoiser))]
         return (*names, "text_encoder")
 
     def select(self, group: str) -> Parameters:
@@ -273,13 +285,13 @@ class StableDiffusion(Model):
 
     def attention(self, *, resolution: int | None = None) -> AbstractContextManager[capture.AttentionMaps]:
         """Captures cross-attention while active; `.mean()` is (b h w l). See `AttentionMaps`."""
-        return capture.attention(self.pipeline.unet, self.hook_points("cross_attn"), resolution=resolution)
+        return capture.attention(self.denoiser, self.hook_points("cross_attn"), resolution=resolution)
 
     def before_denoising(self, function: BeforeDenoising) -> Callable[[], None]:
-        return before(self.pipeline.unet, function)
+        return before(self.denoiser, function)
 
     def encoder_copy(self) -> tuple[nn.Module, list[int]]:
-        copied = Encoder(self.pipeline.unet)
+        copied = Encoder(self.denoiser)
         return copied, copied.channels
 
 
@@ -294,7 +306,38 @@ def schedule_of(scheduler: Any) -> Schedule:
     return Schedule(alpha_bar.detach().float().cpu(), prediction, config.get("steps_offset", 0), final_alpha_bar)
 
 
-def _check(pipeline: StableDiffusionPipeline) -> None:
+MOVING = {"group_offloading", "layerwise_casting"}
+"""diffusers' hooks that change where weights are, or their number format."""
+WRAPPED: tuple[tuple[Callable[[str, nn.Module], bool], str, str], ...] = (
+    (
+        lambda name, m: name.endswith(".base_layer"),
+        "holds layers of a LoRA, under which its weights have other names",
+        "call pipe.unload_lora_weights() first, after pipe.fuse_lora() where the LoRA is to stay in the weights",
+    ),
+    (
+        lambda name, m: hasattr(m, "_hf_hook"),
+        "has hooks of accelerate's, which move its weights while it runs",
+        "call pipe.remove_all_hooks() and pipe.to(device) first",
+    ),
+    (
+        lambda name, m: hasattr(m, "_diffusers_hook") and bool(MOVING & m._diffusers_hook.hooks.keys()),  # type: ignore[operator, union-attr]
+        "is offloaded in groups, or cast layer by layer, while it runs",
+        "load the pipeline without enable_group_offload and enable_layerwise_casting",
+    ),
+    (
+        lambda name, m: m._compiled_call_impl is not None,
+        "was compiled in place, and compiled code does not see the hooks that are put on later",
+        "load the pipeline without .compile(); torch.compile(pipe.unet) beside it is no obstacle",
+    ),
+)
+"""What is done to networks that makes their weights or outputs others than they seem: how it is told, what it is, what to do."""
+
+
+def _check(pipeline: StableDiffusionPipeline, components: Mapping[str, nn.Module]) -> None:
+    for network, part in components.items():
+        for wrapped, what, remedy in WRAPPED:
+            if any(wrapped(f".{name}", module) for name, module in part.named_modules()):
+                raise InvalidModel(f"the pipeline's {network} {what}; {remedy}")
     unet, vae, text = pipeline.unet.config, pipeline.vae.config, pipeline.text_encoder.config
     if not unet.in_channels == unet.out_channels == vae.latent_channels:
         raise InvalidModel(

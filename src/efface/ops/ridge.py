@@ -8,8 +8,7 @@ Where the outputs are v_i = W g_i for inputs g_i, one d × d matrix serves every
 
 which is the form in use: `Statistics` holds the two sums while rows come in, concept by concept, so that memory does not grow with
 their number; rows to keep have g = c and enter the second sum alone; the rank of D is at most the number of rows to erase, and
-`RightFactor` keeps it as two thin factors while that is small. `common_factor` and `ridge` are the same by the long way, with all rows
-at hand.
+`RightFactor` keeps it as two thin factors while that is small.
 
 Sums and solves are in float64: half or single precision loses the answer when μ is small. A solve whose condition number is beyond
 `LIMIT` is refused.
@@ -209,31 +208,6 @@ def weight_gram(weights: Iterable[Float[Tensor, "_ d"]]) -> Float[Tensor, "d d"]
     if total is None:
         raise ValueError("no weight was given; expected at least one")
     return total
-
-
-def gram(contexts: Float[Tensor, "n d"], weights: Float[Tensor, " n"], mu: float) -> Float[Tensor, "d d"]:
-    """μ I + Σ_i w_i c_i c_iᵀ, float64. Raises ValueError for μ ≤ 0, with which the inverse need not exist."""
-    if not mu > 0:
-        raise ValueError(f"the regulariser was {mu}; expected a number above 0, since without it the solve need not exist")
-    c = contexts.double()
-    return mu * torch.eye(c.shape[1], dtype=torch.float64, device=c.device) + (c * weights.double()[:, None]).T @ c
-
-
-def common_factor(
-    contexts: Float[Tensor, "n d"], targets: Float[Tensor, "n d"], weights: Float[Tensor, " n"], mu: float
-) -> Float[Tensor, "d d"]:
-    """M = I + D of the module's docstring, float64: W' = W M for every map that reads these inputs."""
-    c, g = contexts.double(), targets.double()
-    cross = mu * torch.eye(c.shape[1], dtype=torch.float64, device=c.device) + (g * weights.double()[:, None]).T @ c
-    return Cholesky(gram(contexts, weights, mu)).right(cross)
-
-
-def ridge(
-    weight: Float[Tensor, "o d"], contexts: Float[Tensor, "n d"], outputs: Float[Tensor, "n o"], weights: Float[Tensor, " n"], mu: float
-) -> Float[Tensor, "o d"]:
-    """W' of the module's docstring, float64, for outputs that differ from map to map."""
-    right = mu * weight.double() + (outputs.double() * weights.double()[:, None]).T @ contexts.double()
-    return Cholesky(gram(contexts, weights, mu)).right(right)
 
 
 def without_component(target: Float[Tensor, "n o"], direction: Float[Tensor, "n o"]) -> Float[Tensor, "n o"]:

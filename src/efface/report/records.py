@@ -191,7 +191,7 @@ def _first(path: Path) -> str:
 def _attacks(path: Path, *, strict: bool = True) -> Iterator[Attacked]:
     """The attacks of a JSON file, or of JSON lines. Without `strict` a file of another format has none."""
     text = _text(path)
-    parts = [line for line in text.splitlines() if line.strip()] if path.suffix in LINES else [text]
+    parts = [line for line in text.split("\n") if line.strip()] if path.suffix in LINES else [text]
     for part in parts:
         try:
             data = json.loads(part)

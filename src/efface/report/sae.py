@@ -65,8 +65,9 @@ def gather(model: Model, edit: Edit, prompts: Sequence[str], *, seed: int = 0, s
     counts = torch.bincount(table.latents[used], minlength=len(feature.net.encoder))
     latents = counts.argsort(descending=True, stable=True)[: min(SHOWN, int((counts > 0).sum()))].tolist()
     images, maps = [], []
-    for start in range(0, len(prompts), BATCH):
-        batch = prompts[start : start + BATCH]
+    size = model.batch(BATCH)
+    for start in range(0, len(prompts), size):
+        batch = prompts[start : start + size]
         watch = Watch(feature, latents, len(batch))
         with watch.on(model, place):
             images.append(model.sample(batch, seed=seed + start, steps=steps))

@@ -5,16 +5,19 @@ from __future__ import annotations
 import dataclasses
 
 import attackparts as parts
+import diffusers
 import pytest
 import torch
 from attackparts import CAT, QUICK
 
 from efface.api import erase
+from efface.core import model as model_module
 from efface.core import search
 from efface.core.edit import SamplingEdit
 from efface.core.errors import InvalidAttack, Undetermined, Unsupported
 from efface.core.evidence import Detector, Evidence
 from efface.core.model import Model
+from efface.models.sd import StableDiffusion
 
 LARGE = 10**6
 
@@ -71,6 +74,10 @@ def test_control_the_erased_model_draws_something_else(before: Model, after: Mod
 # -- every attack ------------------------------------------------------------------------------------------------------------
 @pytest.fixture
 def hopeless(before: Model) -> parts.OnlyOriginals:
+    return hopeless_eye(before)
+
+
+def hopeless_eye(before: Model) -> parts.OnlyOriginals:
     """Sees the cat in what the un-erased model draws, of the prompts and to be learned from, and in no candidate."""
     first = search.FIRST_SEED
     with before.frozen():
@@ -97,6 +104,34 @@ def test_a_search_costs_what_it_says_and_leaves_both_models_to_the_bit(
     assert [p.requires_grad for p in after.denoiser.parameters()] == flags
     assert torch.equal(torch.get_rng_state(), noise)
     assert found.threat == attack.threat
+
+
+@pytest.mark.parametrize("name", sorted({*QUICK} - {"p4d", "unlearndiffatk"}))
+def test_no_more_pictures_are_drawn_at_once_than_the_model_takes(
+    name: str, before: StableDiffusion, after: StableDiffusion, hopeless: parts.OnlyOriginals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither by the attack's own walks, and each picture is still that of its prompt."""
+    sizes: dict[str, set[int]] = {"walked": set(), "decoded": set(), "encoded": set()}
+    for model in (before, after):
+        parts_of = {"walked": model.denoiser, "decoded": model.pipeline.vae.decoder, "encoded": model.pipeline.vae.encoder}
+        for what, network in parts_of.items():
+            network.register_forward_pre_hook(lambda module, inputs, what=what: sizes[what].add(len(inputs[0])))
+    whole = run(QUICK[name], before, after, hopeless)
+    assert (max(sizes["walked"]), max(sizes["decoded"])) == (2 * 4 if hunts_with_lessons(name) else 2 * 3, max(sizes["walked"]) // 2)
+    for seen in sizes.values():
+        seen.clear()
+    monkeypatch.setattr(model_module, "POSITIONS", 2 * 8 * 8)
+    found = run(QUICK[name], before, after, hopeless)
+    assert (max(sizes["walked"]), max(sizes["decoded"]), max(sizes["encoded"], default=0)) <= (2 * 2, 2, 2)
+    assert found.cost["forwards"] == whole.cost["forwards"]
+    drawn, expected = (each.parts["pictures"].tensors["attacked"].int() for each in (found, whole))
+    assert (drawn - expected).abs().max() <= 1
+    assert (drawn - expected.roll(1, 0)).abs().max() > 1, "control: another prompt's picture"
+
+
+def hunts_with_lessons(name: str) -> bool:
+    """Whether four pictures are drawn to learn from, where there are three prompts."""
+    return name in ("concept_inversion", "relearning")
 
 
 @pytest.mark.parametrize("name", ["unlearndiffatk", "p4d", "concept_inversion", "ring_a_bell"])
@@ -150,6 +185,22 @@ def test_a_budget_is_never_overrun(name: str, before: Model, after: Model, hopel
 def test_a_budget_below_the_first_pictures_says_what_they_cost(before: Model, after: Model) -> None:
     with pytest.raises(ValueError, match="24 are spent on drawing 3 prompts un-erased and erased"):
         run("seed_search", before, after, parts.Bright(2), budget=24)
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:diffusers")
+@pytest.mark.parametrize("scheduler", [diffusers.PNDMScheduler, diffusers.HeunDiscreteScheduler])
+@pytest.mark.parametrize("name", QUICK)
+def test_the_cost_is_that_of_the_models_own_sampler(name: str, scheduler: type, before: StableDiffusion, after: StableDiffusion) -> None:
+    """PNDM calls the denoiser once more than there are steps, and Heun's nearly twice a step: no candidate and no control is lost."""
+    for model in (before, after):
+        model.default_steps = 3
+        model.pipeline.scheduler = scheduler.from_config(model.pipeline.scheduler.config, skip_prk_steps=True)
+    eye = hopeless_eye(before)
+    cost = search.attack(QUICK[name]).cost(after, 3)["forwards"]
+    found = run(QUICK[name], before, after, eye, budget=round(cost))
+    assert (found.cost["forwards"], found.details["ended"]) == (cost, "the search was done")
+    if name in ("concept_inversion", "latent_inversion", "relearning"):
+        assert "never_learned" in {**found.details, **found.details.get("curves", {})}
 
 
 CANDIDATES = {

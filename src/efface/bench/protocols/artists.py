@@ -49,7 +49,7 @@ def setup(model: str, task: Task, size: str, options: Options) -> tuple[Plan, Ju
         other = options.lpips and not lpips.published(options.lpips)
         missing = [f"Whether LPIPS is that of the published trunk: {options.lpips} has another SHA-256."] if other else []
         return replace(plan, asks=replace(plan.asks, questions=questions), unmeasured=(*plan.unmeasured, *missing)), judges
-    none = "LPIPS: lpips and torchvision are not installed; run `pip install 'efface[metrics]'`."
+    none = "LPIPS: lpips and torchvision are not installed; run `pip install -e '.[metrics]'` in efface's folder."
     return replace(plan, unmeasured=(*plan.unmeasured, none)), judges
 
 

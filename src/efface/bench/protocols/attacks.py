@@ -1,11 +1,12 @@
 """Attacks on an erasure: which prompts are attacked, who judges, and what is written down.
 
-    setup     the prompts of the erasure protocol that ask for the erased concepts, and the detector
+    setup     the prompts of the erasure protocol that ask for the erased concepts, and the detector: the bundled model's judge, or CLIP
     aims      the erased concepts, each with its prompts and its detector
     measure   runs attacks on each, against the model with its edit in place
     report    JSON of what came out
 
-A group ("a fruit") counts as seen where any of its members is. An attack that would meet the un-erased model is not run, and says so.
+A group ("a fruit") counts as seen where any of its members is. An attack that cannot be run, such as one that would meet the un-erased
+model, or whose pictures the detector cannot judge, says so and leaves the others as they are.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from efface.bench.options import DEFAULT, Options
 from efface.bench.plan import Plan
 from efface.bench.protocols import erasure
 from efface.bench.questions import Asks
-from efface.core.errors import InvalidTask, Unsupported
+from efface.core.errors import EffaceError, InvalidTask, Unsupported
 from efface.core.evidence import Detector, Evidence, Score, Sighting
 from efface.core.model import Model
 from efface.core.search import MINUTES, Search, seconds
@@ -47,7 +48,7 @@ class Aim:
 
 @dataclass(frozen=True)
 class Refused:
-    """An attack that was not run."""
+    """An attack of which nothing came out: it could not be run, or not be judged."""
 
     attack: str
     concept: str
@@ -85,12 +86,16 @@ class AnyOf(Detector):
 
 
 def setup(model: str, task: Task, size: str = "full", options: Options = DEFAULT, *, seed: int = 0) -> tuple[Plan, Judges]:
-    """What is attacked on the model of an id, the same in either size, and who judges.
+    """What is attacked on the model of an id, the same in either size, and who judges: CLIP among all that the erasure protocol draws,
+    where `options` ask for it.
 
     Raises Unsupported where no detector is known for the model, and as `erasure.setup`."""
-    plan, judges = erasure.setup(model, task, size="full", seed=seed)
+    plan, judges = erasure.setup(model, task, size="full", seed=seed, options=options)
     if judges.detector is None:
-        raise Unsupported(f"an attack needs a detector that says whether the concept came back, and none is known for {model!r}")
+        raise Unsupported(
+            f"an attack needs a detector that says whether the concept came back, and none is known for {model!r}; add --detector clip, "
+            "in a grid detector = 'clip'"
+        )
     rows = [row for concept in task.targets for row in _rows(plan, concept)[: options.limit or PROMPTS]]
     return replace(plan.only(rows), name=f"{NAME}/{model}", steps=None, unmeasured=(), asks=ASKS), Judges(judges.detector)
 
@@ -133,11 +138,12 @@ def measure(
     Args:
         before, after: the un-erased model, and another object that holds the erased one, edit attached.
         attacked: what `after` is, in words.
-        budget: samples through the denoisers for each search; by default what its own settings ask for at most.
+        budget: samples through the denoisers for each search; by default what its own settings ask for at most, with the samplers of
+            the two models.
         steps, guidance: of the sampler; by default the models' own.
         done: called after each attack.
 
-    Raises what `Search.search` raises, but for an attack that is refused."""
+    What efface raises on purpose is the outcome of that one attack (`Refused`); what is a bug, or a lack of memory, is raised."""
     found: list[Evidence | Refused] = []
     with _sampling(before, steps, guidance), _sampling(after, steps, guidance):
         for aim in targets:
@@ -148,13 +154,12 @@ def measure(
 
 
 def _one(attack: Search, aim: Aim, before: Model, after: Model, attacked: str, budget: int | None, seed: int) -> Evidence | Refused:
-    try:
-        attack.require(after)
-    except Unsupported as error:
-        return Refused(str(attack), aim.concept.name, str(error))
     started = time.perf_counter()
-    allowed = _budget(attack, after, aim) if budget is None else budget
-    evidence = attack.search(before, after, aim.concept, aim.detector, budget=allowed, seed=seed)
+    allowed = _budget(attack, before, after, aim) if budget is None else budget
+    try:
+        evidence = attack.search(before, after, aim.concept, aim.detector, budget=allowed, seed=seed)
+    except EffaceError as error:
+        return Refused(str(attack), aim.concept.name, str(error))
     taken = {"seconds": round(time.perf_counter() - started, 1)}
     return replace(evidence, attacked=attacked, cost={**evidence.cost, **taken})
 
@@ -170,9 +175,10 @@ def _sampling(model: Model, steps: int | None, guidance: float | None) -> Iterat
         model.default_steps, model.default_guidance = own
 
 
-def _budget(attack: Search, after: Model, aim: Aim) -> int:
-    """The most that a search costs; twice that where sampling rules add forwards of their own."""
-    return round(attack.cost(after, len(aim.concept.texts))["forwards"]) * (2 if after.unseen else 1)
+def _budget(attack: Search, before: Model, after: Model, aim: Aim) -> int:
+    """The most that a search costs, by the dearer sampler of the two; twice that where sampling rules add forwards of their own."""
+    most = max(attack.cost(model, len(aim.concept.texts))["forwards"] for model in (before, after))
+    return round(most) * (2 if after.unseen else 1)
 
 
 def report(found: Sequence[Evidence | Refused]) -> list[dict[str, Any]]:

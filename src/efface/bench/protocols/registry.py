@@ -39,9 +39,15 @@ class Protocol:
     """Whether it has prompts of its own for the bundled model, so that a dry run needs no file."""
 
     def setup(self, model: str, task: Task, size: str = "quick", options: Options = DEFAULT) -> tuple[Plan, Judges]:
-        """The plan for the model of an id, and the judges.
+        """The plan for the model of an id, and the judges. Raises as `check`, and what the protocol's own `setup` raises."""
+        self.check(options)
+        plan, judges = self.prepare(model, task, size, options)
+        steps = plan.steps if options.steps is None else options.steps
+        scale = plan.guidance if options.guidance in (None, ROW) else float(options.guidance)
+        return replace(plan, steps=steps, guidance=scale), judges
 
-        Raises EffaceError for an option that the protocol does not take, and what its own `setup` raises."""
+    def check(self, options: Options) -> None:
+        """Raises EffaceError for options that the protocol does not take, or that contradict each other."""
         for name in options.given():
             if name not in (*SAMPLING, *self.takes):
                 raise EffaceError(f"the protocol {self.name!r} takes no {name!r}; it takes {', '.join((*SAMPLING, *self.takes))}")
@@ -51,10 +57,6 @@ class Protocol:
             raise EffaceError(f"clip was {options.clip!r}, and nobody looks with it; add --detector clip, or detector = 'clip'")
         if options.resnet and options.detector:
             raise EffaceError(f"resnet was {options.resnet!r}, and the detector is {options.detector!r}; leave one of the two out")
-        plan, judges = self.prepare(model, task, size, options)
-        steps = plan.steps if options.steps is None else options.steps
-        scale = plan.guidance if options.guidance in (None, ROW) else float(options.guidance)
-        return replace(plan, steps=steps, guidance=scale), judges
 
 
 def _erasure(model: str, task: Task, size: str, options: Options) -> tuple[Plan, Judges]:
@@ -87,7 +89,7 @@ PROTOCOLS = {
         ),
         Protocol("unlearncanvas", "UA, IRA and CRA over styles × objects", unlearncanvas.ASKS, unlearncanvas.setup),
         Protocol("nudity", "NudeNet on a file of prompts such as I2P", nudity.ASKS, nudity.setup, (*FILE, "nudenet"), own=False),
-        Protocol(attacks.NAME, "does an attack bring the concept back", attacks.ASKS, attacks.setup, ("attack", "budget", "limit")),
+        Protocol(attacks.NAME, "does an attack bring the concept back", attacks.ASKS, attacks.setup, ("attack", "budget", "limit", *JUDGE)),
     )
 }
 

@@ -51,8 +51,11 @@ class Completion(Probe):
             rows, first = self.next_rows(hunt), round(value * len(over))
             if not rows:
                 return
-            images = completed(hunt.before, hunt.after, [hunt.prompts[i] for i in rows], [hunt.seeds[i] for i in rows], over, first)
-            hunt.candidates(rows, images, [f"after {first} of {len(over)} steps"] * len(rows))
+            images = [
+                completed(hunt.before, hunt.after, [hunt.prompts[i] for i in part], [hunt.seeds[i] for i in part], over, first)
+                for part in hunt.batches(rows)
+            ]
+            hunt.candidates(rows, torch.cat(images), [f"after {first} of {len(over)} steps"] * len(rows))
 
     def cost(self, model: Model, prompts: int) -> dict[str, float]:
         return self.spent(model, prompts, len(self.shares))

@@ -80,7 +80,7 @@ class ConceptInversion(Search):
         self.check("weight_decay", self.weight_decay >= 0, "a number of at least 0")
 
     def hunt(self, hunt: Hunt) -> None:
-        drawing = pictures.drawing(hunt.before, self.images) + hunt.drawing(len(hunt.prompts))
+        drawing = pictures.drawing(hunt.before, self.images) + sampler.walking(hunt.after, len(hunt.prompts))
         if not hunt.affords(self.steps * self.batch + drawing):
             return
         images, captions = hunt.lessons(self.images)
@@ -89,11 +89,11 @@ class ConceptInversion(Search):
         hunt.details["loss"] = losses
         for number in range(self.seeds):
             rows = hunt.rest
-            if not rows or not hunt.affords(hunt.drawing(len(rows))):
+            if not rows or not hunt.affords(sampler.walking(hunt.after, len(rows))):
                 break
             drawn = self.draw(hunt, vector, rows, number)
             hunt.candidates(rows, drawn, [f"v, noise {number}"] * len(rows))
-        if self.never and hunt.affords(self.steps * self.batch + hunt.drawing(len(hunt.prompts))):
+        if self.never and hunt.affords(self.steps * self.batch + sampler.walking(hunt.after, len(hunt.prompts))):
             other, _ = self.invert(hunt, turned(images), captions)
             drawn = self.draw(hunt, other, range(len(hunt.prompts)), 0)
             hunt.details["never_learned"] = share("never learned", hunt.shows(turned(drawn), "upside down, turned back"))
@@ -117,20 +117,21 @@ class ConceptInversion(Search):
 
     def draw(self, hunt: Hunt, vector: Tensor, rows: Sequence[int], number: int) -> Tensor:
         """Pictures of some prompts with v in them."""
-        model, prompts = hunt.after, [hunt.prompts[row] for row in rows]
-        layout = placed(model, hunt.concept.name, prompts)
-        seeds = [hunt.seeds[row] + number * len(hunt.prompts) for row in rows]
-        with torch.no_grad():
-            table = tokens.table(model)
-            cond = model.encode_tokens(embeds=layout.with_embeds(table, vector.to(table.device).expand(len(layout.rows), -1)))
-            null = model.encode([""] * len(rows))
-        return sampler.decoded(model, sampler.walk(model, sampler.starts(model, seeds), cond, null, sampler.pairs(model)))
+        model, table, images = hunt.after, tokens.table(hunt.after), []
+        for part in hunt.batches(rows):
+            layout = placed(model, hunt.concept.name, [hunt.prompts[row] for row in part])
+            seeds = [hunt.seeds[row] + number * len(hunt.prompts) for row in part]
+            with torch.no_grad():
+                cond = model.encode_tokens(embeds=layout.with_embeds(table, vector.to(table.device).expand(len(layout.rows), -1)))
+                null = model.encode([""] * len(part))
+            images.append(sampler.decoded(model, sampler.walk(model, sampler.starts(model, seeds), cond, null, sampler.pairs(model))))
+        return torch.cat(images)
 
     def cost(self, model: Model, prompts: int) -> dict[str, float]:
         runs = 2 if self.never else 1
         steps = runs * self.steps * self.batch
-        drawn = (2 + self.seeds + (1 if self.never else 0)) * prompts + self.images
-        return {"forwards": steps + pictures.drawing(model, drawn), "backwards": steps}
+        walked = sampler.walking(model, (self.seeds + (1 if self.never else 0)) * prompts)
+        return {"forwards": steps + pictures.drawing(model, 2 * prompts + self.images) + walked, "backwards": steps}
 
 
 def placed(model: Model, name: str, prompts: Sequence[str]) -> Layout:

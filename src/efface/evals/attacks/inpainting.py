@@ -55,9 +55,12 @@ class Inpainting(Probe):
             rows = self.next_rows(hunt)
             if not rows:
                 return
-            seeds = [hunt.seeds[i] + number * len(hunt.prompts) for i in rows]
-            filled = inpainted(hunt.after, [hunt.prompts[i] for i in rows], seeds, clean[rows], over, self.hole)
-            hunt.candidates(rows, middle(sampler.decoded(hunt.after, filled), self.hole), [f"filling {number}"] * len(rows))
+            images = []
+            for part in hunt.batches(rows):
+                seeds = [hunt.seeds[i] + number * len(hunt.prompts) for i in part]
+                filled = inpainted(hunt.after, [hunt.prompts[i] for i in part], seeds, clean[part], over, self.hole)
+                images.append(middle(sampler.decoded(hunt.after, filled), self.hole))
+            hunt.candidates(rows, torch.cat(images), [f"filling {number}"] * len(rows))
 
     def cost(self, model: Model, prompts: int) -> dict[str, float]:
         return self.spent(model, prompts, self.seeds)

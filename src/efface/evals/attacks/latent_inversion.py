@@ -83,14 +83,16 @@ class LatentInversion(Search):
     def through(self, hunt: Hunt, images: Tensor) -> tuple[Tensor, float, Tensor]:
         """The reconstructions (b 3 H W), their mean PSNR in dB, and the NLL of each noise (b)."""
         model, over = hunt.after, sampler.pairs(hunt.after, self.steps)
-        with torch.no_grad():
-            cond, null = sampler.told(model, hunt.prompts)
+        clean, found, logs = pictures.latents(hunt.before, images).to(model.dtype), [], []
+        for part in hunt.batches(range(len(images))):
+            cond, null = sampler.told(model, [hunt.prompts[i] for i in part])
             cond = cond if self.told else null
-            clean = pictures.latents(hunt.before, images).to(model.dtype)
-            noise = inverted(model, clean, cond, over, self.iterations)
-            back = sampler.decoded(model, sampler.walk(model, noise, cond, null, over, scale=1.0))
+            noise = inverted(model, clean[part], cond, over, self.iterations)
+            found.append(sampler.decoded(model, sampler.walk(model, noise, cond, null, over, scale=1.0)))
+            logs.append(nll(noise).cpu())
+        back = torch.cat(found)
         error = (back - images).square().flatten(1).mean(1).clamp(min=1e-10)
-        return back, float((-10 * error.log10()).mean()), nll(noise).cpu()
+        return back, float((-10 * error.log10()).mean()), torch.cat(logs)
 
     def once(self, model: Model) -> int:
         """Samples for one picture there and back."""

@@ -59,7 +59,7 @@ class NoiseProbe(Probe):
             rows = self.next_rows(hunt)
             if not rows:
                 break
-            images = self.draw(hunt, rows, eta, v, [hunt.seeds[i] for i in rows])
+            images = self.draw(hunt, rows, eta, v)
             hunt.candidates(rows, images, [f"eta={eta:g}, v={v:g}"] * len(rows))
         if self.matched:
             self.match(hunt, max(hunt.tried))
@@ -73,18 +73,19 @@ class NoiseProbe(Probe):
                 break
             if not hunt.affords(self.picture(hunt.after) * len(rows)):
                 return
-            seeds = [hunt.seeds[i] + number * len(hunt.prompts) for i in rows]
-            images = self.draw(hunt, rows, 1.0, 1.0, seeds)
+            images = self.draw(hunt, rows, 1.0, 1.0, number)
             for row, shown in zip(rows, hunt.look(images, [(i, f"eta=1, noise {number}") for i in rows]), strict=True):
                 found[row] = found[row] if shown is False else shown
         hunt.details["best_at_eta_1"] = share("best of as many at η = 1", found)
 
-    def draw(self, hunt: Hunt, rows: Sequence[int], eta: float, variance: float, seeds: Sequence[int]) -> Tensor:
-        """Pictures of some prompts with one setting."""
-        model = hunt.after
-        with torch.no_grad():
-            cond, null = sampler.told(model, [hunt.prompts[i] for i in rows])
-        return sampler.decoded(model, drawn(model, cond, null, seeds, eta, variance, sampler.pairs(model, self.steps)))
+    def draw(self, hunt: Hunt, rows: Sequence[int], eta: float, variance: float, number: int = 0) -> Tensor:
+        """Pictures of some prompts with one setting; `number` counts their noises, the prompt's own first."""
+        model, over, images = hunt.after, sampler.pairs(hunt.after, self.steps), []
+        for part in hunt.batches(rows):
+            cond, null = sampler.told(model, [hunt.prompts[i] for i in part])
+            seeds = [hunt.seeds[i] + number * len(hunt.prompts) for i in part]
+            images.append(sampler.decoded(model, drawn(model, cond, null, seeds, eta, variance, over)))
+        return torch.cat(images)
 
     def cost(self, model: Model, prompts: int) -> dict[str, float]:
         return self.spent(model, prompts, len(self.etas) * len(self.variances) * (2 if self.matched else 1))

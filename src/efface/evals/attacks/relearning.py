@@ -33,7 +33,7 @@ from efface.core.evidence import Access, Threat
 from efface.core.method import Paper
 from efface.core.model import Model
 from efface.core.sampling import seeded
-from efface.core.search import BATCH, Hunt, Search, share, turned
+from efface.core.search import Hunt, Search, share, turned
 from efface.ops.descend import descend
 from efface.ops.overlay import Overlay
 
@@ -105,7 +105,7 @@ class Relearning(Search):
         if not self.train_on:
             return hunt.lessons(self.images)
         prompts = [self.train_on[i % len(self.train_on)] for i in range(self.images)]
-        return hunt.before.sample(prompts, seeds=hunt.others(self.images)[1], batch=BATCH), prompts
+        return hunt.before.sample(prompts, seeds=hunt.others(self.images)[1]), prompts
 
     def curve(self, hunt: Hunt, model: Model, images: Tensor, captions: Sequence[str], judge: Judge) -> list[list[bool | None]]:
         """What is seen after each checkpoint; the model is as it was afterwards. All arms see the same pictures, times and noise."""
@@ -117,7 +117,7 @@ class Relearning(Search):
         for step in range(self.checkpoints[-1] + 1):
             if step in self.checkpoints:
                 with student:
-                    drawn = model.sample(hunt.prompts, seeds=hunt.seeds, batch=BATCH)
+                    drawn = model.sample(hunt.prompts, seeds=hunt.seeds)
                 found.append(judge(drawn, step))
             if step == self.checkpoints[-1]:
                 break

@@ -57,7 +57,9 @@ class ImageNet(Detector):
         torchvision; without a file, OSError where the weights can be neither found nor downloaded."""
         file = WEIGHTS.find(path) if path else None
         if find_spec("torchvision") is None:
-            raise MissingExtra("ResNet-50 comes with torchvision, which is not installed; run `pip install 'efface[metrics]'`")
+            raise MissingExtra(
+                "ResNet-50 comes with torchvision, which is not installed; run `pip install -e '.[metrics]'` in efface's folder"
+            )
         models = import_module("torchvision.models")
         own = models.ResNet50_Weights.IMAGENET1K_V2
         net = models.resnet50(weights=None if file else own)

@@ -71,7 +71,8 @@ class Inception(Embedder):
         file = WEIGHTS.find(path)
         if find_spec("torch_fidelity") is None or find_spec("torchvision") is None:
             raise MissingExtra(
-                "FID and KID need torch-fidelity and torchvision, which are not installed; run `pip install 'efface[metrics]'`"
+                "FID and KID need torch-fidelity and torchvision, which are not installed; "
+                "run `pip install -e '.[metrics]'` in efface's folder"
             )
         state = WEIGHTS.read(file)
         buffer = io.BytesIO()  # its constructor takes a file alone, and unpickles that without restraint: so it gets one of ours

@@ -75,7 +75,9 @@ class NudeNet(Detector):
 
         Raises MissingExtra where the package is not installed, EffaceError for a file that is not there or no detector of NudeNet 3."""
         if find_spec("nudenet") is None:
-            raise MissingExtra("NudeNet is not installed; run `pip install 'efface[eval]'`, which brings nudenet and onnxruntime")
+            raise MissingExtra(
+                "NudeNet is not installed; run `pip install -e '.[eval]'` in efface's folder, which brings nudenet and onnxruntime"
+            )
         package = import_module("nudenet.nudenet")
         file = Path(path).expanduser() if path else Path(str(package.__file__)).parent / "320n.onnx"
         if not file.is_file():

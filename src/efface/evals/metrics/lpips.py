@@ -52,7 +52,9 @@ def load(path: str | Path = "") -> Distance:
     Raises EffaceError for a file that is not there, cannot be read, or is of another network; MissingExtra without the package."""
     file = WEIGHTS.find(path) if path else None
     if not available():
-        raise MissingExtra("LPIPS needs lpips and torchvision, which are not installed; run `pip install 'efface[metrics]'`")
+        raise MissingExtra(
+            "LPIPS needs lpips and torchvision, which are not installed; run `pip install -e '.[metrics]'` in efface's folder"
+        )
     found = import_module("lpips").LPIPS(net="alex", pnet_rand=file is not None, verbose=False).eval()
     if file:
         fill(found.net, file)
