@@ -209,7 +209,7 @@ def test_control_a_bug_is_raised() -> None:
 
 def test_the_dearer_sampler_of_the_two_models_sets_the_budget() -> None:
     before, after = tiny_model(), tiny_model()
-    before.pipeline.scheduler = diffusers.PNDMScheduler.from_config(before.pipeline.scheduler.config)
+    before.pipeline.scheduler = diffusers.PNDMScheduler.from_config(before.pipeline.scheduler.config, skip_prk_steps=True)
     with Noop().fit(after, Task.of("cat")).attach(after, check=False):
         (found,) = attacks.measure(before, after, [attacks.Aim(CAT, Bright(2.0))], search.attacks("seed_search(seeds=2)"), attacked="")
     assert isinstance(found, Evidence)
@@ -277,6 +277,8 @@ def test_the_committed_grid_is_read_and_cast_for_a_dry_run(tmp_path: Path) -> No
     for part in (lambda t: t.label, lambda t: search.attack(t.options.attack).name()):
         assert {part(t) for t in small.trials} == {part(t) for t in asked.trials}
     assert all(t.options.limit == dry.EACH for t in small.trials)
+    judged = [replace(t, options=replace(t.options, detector="clip", clip="folder")) for t in asked.trials]
+    assert {t.options.detector for t in dry.sweep(replace(asked, trials=tuple(judged)), tmp_path).trials} == {"clip"}
     seen: dict[str, list[int]] = {}
     for number, each in enumerate(asked.trials):
         seen.setdefault(each.options.attack, []).append(number)

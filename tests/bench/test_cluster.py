@@ -134,7 +134,7 @@ def test_a_worker_records_what_a_sweep_without_one_does_and_keeps_no_file(tmp_pa
 
 def test_without_ray_the_error_says_what_to_install_unless_nothing_is_to_be_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "ray", None)
-    with pytest.raises(MissingExtra, match=r"pip install 'efface\[ray\]'"):
+    with pytest.raises(MissingExtra, match=r"pip install -e '.\[ray\]'"):
         sent([trial()], tmp_path)
     run.run([trial()], tmp_path, load=load, setup=prepare)
     assert sent([trial()], tmp_path) == []

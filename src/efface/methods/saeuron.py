@@ -15,6 +15,9 @@ more than `max_unexplained` of the variance of this model's features unexplained
 (`cost`), without a gradient. While attached, a call costs the selected rows of the encoder, and the whole encoder only for places where
 one of them may fire.
 
+All concepts are drawn from the same noise, as in the code, so that what noise decides (a background, where the prompt names none) cancels
+in the score.
+
 The preset names that begin with "authors" give the released runs; their values for objects are the commonest of a sweep for each class.
 Ours: `selected` in the place of a percentile of 20480 latents; fewer samples and steps.
 Different from the code in all: tables are found by the nearest training time and not by a counter of calls, so that any number of steps
@@ -113,9 +116,10 @@ class SAeUron(Method):
             sae = autoencoder(model, resources)
             sae.check(model)
             concepts = (*task.targets, *contrast(task, self.contrast, resources.vocabulary))
+            noise = torch.randn(self.samples, *model.latent_shape, generator=fit.generator)
             means = Means()
             for step in fit.steps(len(concepts), {"means": means}):
-                fit.log(self.observe(fit, sae, concepts[step], means))
+                fit.log(self.observe(fit, sae, concepts[step], noise, means))
             table, part = self.select(means.tensor(), len(task.targets), self.times(model))
             info = {
                 "place": sae.place,
@@ -138,11 +142,12 @@ class SAeUron(Method):
         return [texts[i % len(texts)] for i in range(self.samples)]
 
     @torch.no_grad()
-    def observe(self, fit: Fit, sae: Autoencoder, concept: Concept, means: Means) -> dict[str, float]:
-        """Adds μ(t) of one concept. Raises Mismatch where the autoencoder does not explain this model's features."""
+    def observe(self, fit: Fit, sae: Autoencoder, concept: Concept, noise: Tensor, means: Means) -> dict[str, float]:
+        """Adds μ(t) of one concept, drawn from the noise z_T (samples c h w).
+
+        Raises Mismatch where the autoencoder does not explain this model's features."""
         model, scale = fit.model, self.guidance(fit.model)
-        z = torch.randn(self.samples, *model.latent_shape, generator=fit.generator)
-        features = traced(model, sae.place, self.prompts(concept), z, self.times(model), scale).float()
+        features = traced(model, sae.place, self.prompts(concept), noise, self.times(model), scale).float()
         share = sae.explains(features.flatten(0, 2), self.max_unexplained, model)
         means.rows.append(torch.stack([sae.net.codes(each.flatten(0, 1)).mean(0) for each in features]).cpu())
         return {"unexplained": share}

@@ -110,28 +110,24 @@ def test_a_search_costs_what_it_says_and_leaves_both_models_to_the_bit(
 def test_no_more_pictures_are_drawn_at_once_than_the_model_takes(
     name: str, before: StableDiffusion, after: StableDiffusion, hopeless: parts.OnlyOriginals, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Neither by the attack's own walks, and each picture is still that of its prompt."""
+    """Nor walked by the attack itself, and each picture is still that of its prompt. Guidance doubles the rows of the denoiser."""
     sizes: dict[str, set[int]] = {"walked": set(), "decoded": set(), "encoded": set()}
     for model in (before, after):
-        parts_of = {"walked": model.denoiser, "decoded": model.pipeline.vae.decoder, "encoded": model.pipeline.vae.encoder}
-        for what, network in parts_of.items():
+        networks = {"walked": model.denoiser, "decoded": model.pipeline.vae.decoder, "encoded": model.pipeline.vae.encoder}
+        for what, network in networks.items():
             network.register_forward_pre_hook(lambda module, inputs, what=what: sizes[what].add(len(inputs[0])))
     whole = run(QUICK[name], before, after, hopeless)
-    assert (max(sizes["walked"]), max(sizes["decoded"])) == (2 * 4 if hunts_with_lessons(name) else 2 * 3, max(sizes["walked"]) // 2)
+    assert min(max(sizes["walked"]), 2 * max(sizes["decoded"])) >= 2 * 3, "control: all prompts at once"
     for seen in sizes.values():
         seen.clear()
     monkeypatch.setattr(model_module, "POSITIONS", 2 * 8 * 8)
     found = run(QUICK[name], before, after, hopeless)
-    assert (max(sizes["walked"]), max(sizes["decoded"]), max(sizes["encoded"], default=0)) <= (2 * 2, 2, 2)
+    assert (max(sizes["walked"]), max(sizes["decoded"])) == (2 * 2, 2)
+    assert max(sizes["encoded"], default=0) <= 2
     assert found.cost["forwards"] == whole.cost["forwards"]
     drawn, expected = (each.parts["pictures"].tensors["attacked"].int() for each in (found, whole))
     assert (drawn - expected).abs().max() <= 1
     assert (drawn - expected.roll(1, 0)).abs().max() > 1, "control: another prompt's picture"
-
-
-def hunts_with_lessons(name: str) -> bool:
-    """Whether four pictures are drawn to learn from, where there are three prompts."""
-    return name in ("concept_inversion", "relearning")
 
 
 @pytest.mark.parametrize("name", ["unlearndiffatk", "p4d", "concept_inversion", "ring_a_bell"])
