@@ -269,6 +269,7 @@ def test_statistics_can_be_kept_in_a_checkpoint():
 
 
 @pytest.mark.slow
+@pytest.mark.xfail(strict=True, reason="the bundled autoencoder was trained for 1500 steps only, and leaves about a third unexplained")
 def test_the_bundled_autoencoder_explains_held_out_features_of_the_bundled_model():
     model = load("emoji")
     found = bundled(model)
@@ -277,4 +278,4 @@ def test_the_bundled_autoencoder_explains_held_out_features_of_the_bundled_model
     features = traced(
         model, found.place, ["a cat", "a bus on a blue background", "an owl", "a drawing of a pizza"] * 8, z, model.schedule.grid(20), 4.0
     )
-    assert found.net.unexplained(features.flatten(0, 2)) <= 0.4
+    assert found.net.unexplained(features.flatten(0, 2)) <= 0.25
