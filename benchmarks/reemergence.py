@@ -5,6 +5,10 @@
 
 Writes `seed-N.json` as each seed is done (a run that was stopped goes on behind them), `reemergence.json`, `reemergence.md` (a table) and
 `reemergence.svg`. The harmless pictures are the model's own, recoloured into a style that it has never seen; no art is needed.
+
+The rates of the fine-tunings were chosen by the two controls alone, with another seed (7): what was never erased must still draw the
+concept and other things after them, or nothing can be said of what was. Of 32 pictures of other things the LoRA keeps 29, with twice its
+rate 24 and with four times 14, and learns the new style no better (loss on unseen pictures 0.109, 0.104, 0.108).
 """
 
 from __future__ import annotations
@@ -39,8 +43,8 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--safety", default="modular_lora")
     parser.add_argument("--whole", default="esd(group='full')", help="what erases the weights themselves")
     parser.add_argument("--steps", type=int, default=300, help="of each fine-tuning")
-    parser.add_argument("--lr", type=float, default=1e-4, help="of the fine-tuning LoRAs; the model's lr_scale multiplies it")
-    parser.add_argument("--full-lr", type=float, default=1e-5, help="of full fine-tuning; the model's lr_scale multiplies it")
+    parser.add_argument("--lr", type=float, default=1e-5, help="of the fine-tuning LoRAs; the model's lr_scale multiplies it")
+    parser.add_argument("--full-lr", type=float, default=2e-6, help="of full fine-tuning; the model's lr_scale multiplies it")
     parser.add_argument("--pictures", type=int, default=96, help="harmless pictures")
     parser.add_argument("--style", default="blueprint", choices=sorted(reemergence.INKS))
     parser.add_argument("--size", default="quick", choices=["quick", "full"])

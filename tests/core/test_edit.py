@@ -244,6 +244,29 @@ def test_an_edit_that_does_nothing_is_announced(tiny_model):
         pass
 
 
+def test_an_edit_that_acts_at_some_times_only_is_no_edit_that_does_nothing(tiny_model):
+    """The one prediction that is looked at first is the same; the picture is not. The meter counts neither."""
+    model, cond, x = tiny_model, tiny_model.encode(["cat"]), latent(tiny_model)
+    edit = ablation_edit(model)
+    feature = edit.maps[BLOCK]
+    table = replace(feature.table, thresholds=torch.stack([torch.full((32,), torch.inf), torch.zeros(32)]))
+    late = replace(edit, maps={BLOCK: replace(feature, table=table)})
+    was, spent = state(model), model.meter.forwards
+    with torch.no_grad():
+        plain = [model.predict(x, t, cond) for t in (501, 1)]
+        with late.attach(model, check=False):
+            assert [torch.equal(model.predict(x, t, cond), p) for t, p in zip((501, 1), plain, strict=True)] == [True, False]
+    spent = model.meter.forwards
+    with late.attach(model):
+        assert model.meter.forwards == spent
+        assert len(model.attached) == 1
+    assert same(state(model), was)
+    never = replace(table, thresholds=torch.full((2, 32), torch.inf))
+    with pytest.raises(NoEffect), replace(edit, maps={BLOCK: replace(feature, table=never)}).attach(model):
+        pass
+    assert model.attached == []
+
+
 def test_the_probe_is_not_metered(tiny_model):
     tiny_model.meter.reset()
     with weight_edit(tiny_model).attach(tiny_model):

@@ -7,7 +7,7 @@ with the card in its header; each extra stands in a file of its own beside it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,6 +25,10 @@ from efface.ops.overlay import Slot
 
 VERSION = 1
 """Of the file format; a reader refuses a newer one."""
+ROUNDING = 64
+"""Machine epsilons by which a prediction may change without any effect: rules that add forwards change the batch of others."""
+GREY = 1 / 255
+"""As much of a picture."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +96,8 @@ class Edit(ABC):
         """The model with the edit in place; on leaving, the originals are back to the bit.
 
         Edits form a stack and are detached in reverse order. `match` says how well the model must fit: "exact" (the very
-        weights, in any number format), "family", or "force". With `check` the denoising of the target must really change.
+        weights, in any number format), "family", or "force". With `check` the denoising of the target must really change: one
+        prediction by more than rounding or, where that stays, a whole picture by a grey level.
 
         A network that is moved or cast meanwhile stays so: the originals follow it. Raises InvalidModel (a pipeline, which `efface.load`
         makes a model), Mismatch, Overlap (another attached edit holds the same tensor), NoEffect."""
@@ -100,15 +105,25 @@ class Edit(ABC):
         taken = self.names & frozenset().union(*(a.names for a in model.attached))
         if taken:
             raise Overlap(f"another attached edit already changes {sorted(taken)[0]!r} ({len(taken)} in common); detach it first")
-        before = [_probe(model, text) for text in self.card.probes] if check else []
+        texts = self.card.probes if check else ()
+        before = [_probe(model, text) for text in texts]
+        with self._held(model):
+            if not texts or not _equal(before, [_probe(model, text) for text in texts], ROUNDING * torch.finfo(model.dtype).eps):
+                yield model
+                return
+            drawn = [_picture(model, text) for text in texts]
+        if _equal(drawn, [_picture(model, text) for text in texts], GREY):
+            raise NoEffect(f"attached, the edit changes nothing for {', '.join(map(repr, texts))}; pass check=False if that is meant")
+        with self._held(model):
+            yield model
+
+    @contextmanager
+    def _held(self, model: Model) -> Iterator[None]:
+        """In place while it lasts, unchecked."""
         attachment = self._enter(model)
         model.attached.append(attachment)
         try:
-            if check and before and all(torch.equal(a, _probe(model, t)) for a, t in zip(before, self.card.probes, strict=True)):
-                raise NoEffect(
-                    f"attached, the edit changes nothing for {', '.join(map(repr, self.card.probes))}; pass check=False if that is meant"
-                )
-            yield model
+            yield
         finally:
             if model.attached[-1] is not attachment:
                 raise Overlap("edits are detached in reverse order, and a later one is still attached")
@@ -163,11 +178,29 @@ def _check_header(header: Mapping[str, Any], expected: str, path: Path) -> None:
         raise InvalidEdit(f"{path} has the file version {header.get('version')!r}, and this efface reads {VERSION}; upgrade efface")
 
 
+def _equal(some: Sequence[Tensor], others: Sequence[Tensor], within: float) -> bool:
+    """Up to `within`; what is not a number equals nothing."""
+    return all((one - other).abs().max() <= within for one, other in zip(some, others, strict=True))
+
+
 @torch.no_grad()
 def _probe(model: Model, text: str) -> Tensor:
     """A guided prediction on fixed noise at the middle of the schedule, not counted by the meter."""
+    with _uncounted(model):
+        x = noise_for(0, 1, model.latent_shape).to(model.device, model.dtype)
+        return model.guided(x, model.schedule.train_steps // 2, model.encode([text]), model.encode([""]), 3.0)
+
+
+def _picture(model: Model, text: str) -> Tensor:
+    """A picture from fixed noise, not counted by the meter: for edits that act at some times and on some features only."""
+    with _uncounted(model):
+        return model.sample([text], seeds=[0])
+
+
+@contextmanager
+def _uncounted(model: Model) -> Iterator[None]:
     spent = model.meter.forwards, model.meter.calls
-    x = noise_for(0, 1, model.latent_shape).to(model.device, model.dtype)
-    result = model.guided(x, model.schedule.train_steps // 2, model.encode([text]), model.encode([""]), 3.0)
-    model.meter.forwards, model.meter.calls = spent
-    return result
+    try:
+        yield
+    finally:
+        model.meter.forwards, model.meter.calls = spent

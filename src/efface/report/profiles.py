@@ -139,7 +139,7 @@ def card(cls: type[Method]) -> str:
 
 def _sentence(text: str) -> str:
     text = flowing(text)
-    return text[:1].upper() + text[1:]
+    return text[:1].upper() + text[1:] if text[:1].isascii() else text
 
 
 def edits(cls: type[Method]) -> list[type[Edit]]:

@@ -32,7 +32,7 @@ from efface.core.method import Paper
 from efface.core.model import Cond, Model
 from efface.core.search import Hunt, Search
 from efface.core.tokens import Alphabet
-from efface.ops.descend import descend
+from efface.ops.descend import accumulate, step
 from efface.ops.hardprompt import Layout, Piece, interleaved, nearest, prefixed, projected
 
 
@@ -96,13 +96,16 @@ class P4D(Search):
             rows = hunt.rest
             if not rows or not hunt.affords(2 * len(rows) * every + hunt.drawing(len(rows))):
                 return
-            prompts, free = layout.take(rows)
             for _ in range(every):
-                t = torch.randint(model.schedule.train_steps, (len(rows),), generator=hunt.generator).to(clean.device)
-                noise = torch.randn(len(rows), *model.latent_shape, generator=hunt.generator).to(clean.device)
-                x = model.schedule.add_noise(clean[rows], noise, t)
-                embeds = prompts.with_embeds(table, projected(points[free], table[letters]))
-                descend(mismatch(hunt.before, model, x, t, goal[rows], model.encode_tokens(embeds=embeds)), optimiser)
+                for part in hunt.batches(rows):
+                    prompts, free = layout.take(part)
+                    t = torch.randint(model.schedule.train_steps, (len(part),), generator=hunt.generator).to(clean.device)
+                    noise = torch.randn(len(part), *model.latent_shape, generator=hunt.generator).to(clean.device)
+                    x = model.schedule.add_noise(clean[part], noise, t)
+                    embeds = prompts.with_embeds(table, projected(points[free], table[letters]))
+                    accumulate(mismatch(hunt.before, model, x, t, goal[part], model.encode_tokens(embeds=embeds)), optimiser)
+                step(optimiser)
+            prompts, free = layout.take(rows)
             found = letters[nearest(points[free].detach(), table[letters]).cpu()]
             hunt.try_prompts(rows, model.spell(prompts.with_ids(found)))
 

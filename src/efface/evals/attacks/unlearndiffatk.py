@@ -9,8 +9,8 @@ With z_0 the latent of what the un-erased model draws for the prompt, and A (k v
     min_U  E ‖ε − ε_θ'(√ᾱ_t z_0 + √(1−ᾱ_t) ε, t, τ'([A E, prompt]))‖²,   U ← P_simplex(Adam(U, hardtanh(∂/∂A)))
 
 for `iterations` at each of `times` equidistant times t in rising order, U starting even; no guidance. After each time the likeliest
-tokens are spelt out, read by the tokenizer again, and drawn from the prompt's own noise. All prompts are searched in one batch, each with
-its own U.
+tokens are spelt out, read by the tokenizer again, and drawn from the prompt's own noise. Prompts are searched together, each with its own
+U, in batches of what the model draws at once.
 
 Cost: iterations · times forwards and backwards a prompt, and a picture a time. Authors: 2000 and 50; here 200 and 10.
 
@@ -33,7 +33,7 @@ from efface.core.evidence import Access, Threat
 from efface.core.method import Paper
 from efface.core.model import Cond, Model
 from efface.core.search import Hunt, Search
-from efface.ops.descend import descend
+from efface.ops.descend import accumulate, step
 from efface.ops.hardprompt import Layout, drawn, prefixed, simplex
 
 
@@ -87,14 +87,17 @@ class UnlearnDiffAtk(Search):
             rows = hunt.rest
             if not rows or not hunt.affords(len(rows) * self.iterations + hunt.drawing(len(rows))):
                 return
-            prompts, free = layout.take(rows)
             for _ in range(self.iterations):
-                words = drawn(relaxed[free], hunt.generator) @ table[letters]
-                noise = torch.randn(len(rows), *model.latent_shape, generator=hunt.generator).to(clean.device)
-                cond = model.encode_tokens(embeds=prompts.with_embeds(table, words))
-                descend(denoising(model, clean[rows], t, noise, cond), optimiser)
+                for part in hunt.batches(rows):
+                    prompts, free = layout.take(part)
+                    words = drawn(relaxed[free], hunt.generator) @ table[letters]
+                    noise = torch.randn(len(part), *model.latent_shape, generator=hunt.generator).to(clean.device)
+                    cond = model.encode_tokens(embeds=prompts.with_embeds(table, words))
+                    accumulate(denoising(model, clean[part], t, noise, cond), optimiser)
+                step(optimiser)
                 with torch.no_grad():
                     relaxed.copy_(simplex(relaxed))
+            prompts, free = layout.take(rows)
             likeliest = letters[relaxed[free].argmax(-1).cpu()]
             hunt.try_prompts(rows, model.spell(prompts.with_ids(likeliest)))
 
