@@ -9,6 +9,8 @@ from pathlib import Path
 import clipparts
 import pytest
 
+from efface.evals.attacks.completion import Completion
+
 
 def test_an_erasure_of_the_bundled_model_is_attacked(efface: Callable) -> None:
     assert efface("erase", "cat", "--method", "uce", "--images", "none", "--out", "no-cat").code == 0
@@ -29,6 +31,21 @@ def test_an_erasure_of_the_bundled_model_is_attacked(efface: Callable) -> None:
     assert second["control"]["n"] == 1
     assert {"00-seed_search.png", "01-completion.png", "attacks.md"} == set(record["files"])
     assert "| cat | seed_search(seeds=1) | T0 |" in Path("out/attacks.md").read_text(encoding="utf-8")
+
+
+def test_what_was_done_before_an_attack_ran_out_of_memory_is_kept(efface: Callable, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert efface("erase", "cat", "--method", "uce", "--images", "none", "--out", "no-cat").code == 0
+
+    def full(self: Completion, *args: object, **kwargs: object) -> None:
+        raise MemoryError("no more")
+
+    monkeypatch.setattr(Completion, "search", full)
+    for chosen, kept in (("completion,seed_search(seeds=1)", False), ("seed_search(seeds=1),completion,noise_probe", True)):
+        with pytest.raises(MemoryError):
+            efface("attack", "no-cat", "--with", chosen, "--prompts", 1, "--out", "out")
+        assert Path("out").exists() == kept
+    (row,) = json.loads(Path("out/record.json").read_text(encoding="utf-8"))["attacks"]
+    assert (row["attack"], row["asr"]["n"]) == ("seed_search(seeds=1)", 1)
 
 
 def test_a_sampling_rule_refuses_attacks_on_the_bare_denoiser(efface: Callable) -> None:

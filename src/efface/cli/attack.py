@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -48,7 +49,6 @@ def attack(
     from efface.bench.options import Options
     from efface.bench.protocols import attacks as protocol
     from efface.bench.protocols import registry
-    from efface.cli.measure import described
     from efface.core import search
 
     options = Options(limit=prompts, budget=budget, detector=detector, clip=clip)
@@ -57,7 +57,23 @@ def attack(
     chosen = [search.attack(each) for each in search.names()] if attacks == "all" else search.attacks(attacks)
     out = out or Path("runs") / f"attacked-{name}"
     check_free(out, force)
-    found = run(asked, chosen, options, match=match, seed=seed, device=device, dtype=dtype)
+    found: list[Evidence | Refused] = []
+    try:
+        run(asked, chosen, options, found.append, match=match, seed=seed, device=device, dtype=dtype)
+    except BaseException:
+        if found:
+            save(out, asked, found, seed=seed, force=force)
+            sys.stderr.write(f"stopped; {len(found)} attacks were done, and are in {out}\n")
+        raise
+    data = save(out, asked, found, seed=seed, force=force)
+    emit({"out": str(out), **data}, f"{text(found)}\n\n{out / REPORT}", json)
+
+
+def save(out: Path, asked: Subject, found: Sequence[Evidence | Refused], *, seed: int, force: bool) -> dict[str, Any]:
+    """Writes the record, the report and the sheets; returns the record."""
+    from efface.bench.protocols import attacks as protocol
+    from efface.cli.measure import described
+
     data = {
         "format": "efface-attacks",
         "version": 1,
@@ -70,7 +86,7 @@ def attack(
     with result_folder(out, force) as folder:
         data["files"] = write(folder, found)
         write_json(folder / RECORD, data)
-    emit({"out": str(out), **data}, f"{text(found)}\n\n{out / REPORT}", json)
+    return data
 
 
 def _subject(given: str | None, edit: Path | None, original: str, task: str | None) -> tuple[Subject, str]:
@@ -89,13 +105,14 @@ def run(
     asked: Subject,
     chosen: Sequence[Search],
     options: Options,
+    done: Callable[[Evidence | Refused], None],
     *,
     match: Any,
     seed: int,
     device: str | None,
     dtype: str | None,
-) -> list[Evidence | Refused]:
-    """Loads the model twice, un-erased and erased, and attacks the latter."""
+) -> None:
+    """Loads the model twice, un-erased and erased, and attacks the latter; `done` gets what comes out of each attack."""
     from efface.bench.protocols import attacks as protocol
     from efface.concepts import resolve
     from efface.core.task import Task
@@ -110,9 +127,12 @@ def run(
         asked.edit.attach(after, match=match) if asked.edit else nullcontext(),
         bar("attack", len(targets) * len(chosen), "attacking") as progress,
     ):
-        return protocol.measure(
-            before, after, targets, chosen, attacked=what, budget=options.budget, seed=seed, done=lambda attack, concept: progress.update(1)
-        )
+
+        def tell(outcome: Evidence | Refused) -> None:
+            done(outcome)
+            progress.update(1)
+
+        protocol.measure(before, after, targets, chosen, attacked=what, budget=options.budget, seed=seed, done=tell)
 
 
 def rows(found: Sequence[Evidence | Refused]) -> list[dict[str, Any]]:

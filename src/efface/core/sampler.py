@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from efface.core.errors import InvalidAttack
 from efface.core.model import Cond, Model
 from efface.core.sampling import noise_for
 
@@ -20,8 +21,11 @@ Pair = tuple[int, int]
 
 
 def pairs(model: Model, steps: int | None = None) -> list[Pair]:
-    """(t, next t) of every step, from noise to clean; the last ends below 0, at the final ᾱ."""
+    """(t, next t) of every step, from noise to clean; the last ends below 0, at the final ᾱ. Raises InvalidAttack for more steps than the
+    schedule has times."""
     count = model.default_steps if steps is None else steps
+    if count > model.schedule.train_steps:
+        raise InvalidAttack(f"steps was {count}; expected at most {model.schedule.train_steps}, the times of the schedule of {model.id}")
     grid = model.schedule.grid(count)
     return list(zip(grid, [*grid[1:], grid[-1] - model.schedule.train_steps // count], strict=True))
 

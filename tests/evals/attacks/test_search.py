@@ -266,3 +266,9 @@ def test_a_wrong_text_says_what_is_meant(text: str, message: str) -> None:
     with pytest.raises(InvalidAttack) as error:
         search.attack(text)
     assert message in str(error.value)
+
+
+@pytest.mark.parametrize("name", ["noise_probe", "completion", "inpainting", "latent_inversion"])
+def test_more_steps_than_the_schedule_has_times_are_refused(name: str, before: Model, after: Model, hopeless: parts.OnlyOriginals) -> None:
+    with pytest.raises(InvalidAttack, match="steps was 5000; expected at most 1000"):
+        run(f"{name}(steps=5000)", before, after, hopeless)

@@ -131,7 +131,7 @@ def measure(
     seed: int = 0,
     steps: int | None = None,
     guidance: float | None = None,
-    done: Callable[[Search, Concept], None] = lambda attack, concept: None,
+    done: Callable[[Evidence | Refused], None] = lambda outcome: None,
 ) -> list[Evidence | Refused]:
     """Runs every attack on every concept.
 
@@ -141,7 +141,7 @@ def measure(
         budget: samples through the denoisers for each search; by default what its own settings ask for at most, with the samplers of
             the two models.
         steps, guidance: of the sampler; by default the models' own.
-        done: called after each attack.
+        done: called with what came out of each attack, as soon as it has.
 
     What efface raises on purpose is the outcome of that one attack (`Refused`); what is a bug, or a lack of memory, is raised."""
     found: list[Evidence | Refused] = []
@@ -149,7 +149,7 @@ def measure(
         for aim in targets:
             for attack in attacks:
                 found.append(_one(attack, aim, before, after, attacked, budget, seed))
-                done(attack, aim.concept)
+                done(found[-1])
     return found
 
 
