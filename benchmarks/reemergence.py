@@ -113,27 +113,31 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
-    """Left: the share of target prompts in which the concept is seen, with its interval. Right: cosines, a dot for each map."""
+    """The shares of target prompts in which the concept is seen and of other prompts in which theirs is, with intervals; and cosines, a dot
+    for each map."""
     from matplotlib.backends.backend_svg import FigureCanvasSVG
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(10, 0.42 * len(rows) + 1.2), layout="constrained")
+    figure = Figure(figsize=(12, 0.42 * len(rows) + 1.2), layout="constrained")
     FigureCanvasSVG(figure)
-    left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+    *shares, right = figure.subplots(1, 3, sharey=True)
     for place, row in enumerate(rows):
-        value, low, high = (100 * row["target"][name] for name in ("value", "low", "high"))
         colour = {"modular": "tab:green", "base": "0.5", "ft": "0.5", "ft-lora": "0.5"}.get(row["key"], "tab:blue")
-        left.errorbar(value, place, xerr=[[value - low], [high - value]], fmt="o", color=colour, capsize=3)
+        for axis, name in zip(shares, ("target", "others"), strict=True):
+            value, low, high = (100 * row[name][end] for end in ("value", "low", "high"))
+            axis.errorbar(value, place, xerr=[[value - low], [high - value]], fmt="o", color=colour, capsize=3)
         dots = list(row["cosines"].values())
         right.plot(dots, [place] * len(dots), "o", color=colour, alpha=0.35, markersize=4)
         if dots:
             right.plot(row["cosine"], place, "|", color="black", markersize=14)
-    left.set_yticks(range(len(rows)), [row["title"] for row in rows])
-    left.invert_yaxis()
-    left.set_xlim(0, 100)
-    left.set_xlabel("target prompts in whose picture the judge sees the concept, %")
+    shares[0].set_yticks(range(len(rows)), [row["title"] for row in rows])
+    shares[0].invert_yaxis()
+    for axis, what in zip(shares, ("erased concept seen, %", "other concepts seen, %"), strict=True):
+        axis.set_xlim(-3, 103)
+        axis.set_xlabel(what)
     right.axvline(0, color="0.7", linewidth=0.8)
-    right.set_xlabel("cosine of the two changes, a dot for each map")
+    right.set_xlim(-1, 1)
+    right.set_xlabel("cosine of the two changes")
     figure.savefig(path, metadata={"Date": None})
 
 

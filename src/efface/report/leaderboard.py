@@ -196,7 +196,7 @@ def _results(rows: Mapping[str, Sequence[Row]], label: str) -> dict[tuple[str, i
         (task, seed): result
         for task, some in rows.items()
         for row in some
-        if row.label == label
+        if row.label == wording.short(label)
         for seed, result in zip(row.seeds, row.results, strict=True)
     }
 

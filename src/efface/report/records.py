@@ -23,6 +23,7 @@ from efface.concepts import resolve
 from efface.core.errors import EffaceError
 from efface.core.evidence import Score
 from efface.core.task import Task
+from efface.report import wording
 
 ATTACKS, VERSION = "efface-attacks", 1
 LINES = (".jsonl", ".gz")
@@ -116,7 +117,9 @@ def of_trials(records: Iterable[Mapping[str, Any]]) -> Iterator[Attacked]:
     """What came out of trials of attacks; one that failed counts as refused, with its error."""
     for record in records:
         trial = record["trial"]
-        one = Attacked(trial["task"], trial["method"], trial["options"]["attack"], "", label=trial["label"], seed=trial["seed"])
+        one = Attacked(
+            trial["task"], trial["method"], trial["options"]["attack"], "", label=wording.short(trial["label"]), seed=trial["seed"]
+        )
         if "error" in record:
             concepts = [concept.name for concept in Task.parse(one.task).targets]
             why = f"{FAILED}, {record['error']['type']}: {record['error']['message']}"

@@ -12,6 +12,7 @@ from efface.bench.summary import Pooled, pooled
 from efface.core import catalog
 from efface.core.errors import EffaceError
 from efface.core.evidence import Score
+from efface.report import wording
 
 COST = ("forwards", "backwards", "seconds", "bytes")
 Record = Mapping[str, Any]
@@ -108,7 +109,7 @@ def _row(text: str, group: Sequence[Record]) -> Row:
         if values and None not in values:
             costs[name] = fmean(values)
     return Row(
-        group[0]["trial"]["label"] or text,
+        wording.short(group[0]["trial"]["label"] or text),
         text,
         tuple(Result.from_json(record["result"]) for record in fine),
         tuple(record["trial"]["seed"] for record in fine),

@@ -14,8 +14,14 @@ SHOWN = 0.5
 """Below which share of un-erased pictures that show the target no headline says that it was erased."""
 UNSURE = 0.2
 """From which share of un-erased pictures without the target, or of pictures of nothing, the verdict says so."""
+CONTROLS = "efface.bench.controls:"
 TENTHS = ("CLIP", "distance")
 """Units that are told to a tenth."""
+
+
+def short(label: str) -> str:
+    """A method as a grid writes it, its controls by their bare names."""
+    return label.removeprefix(CONTROLS)
 
 
 def value(score: Score) -> str:
