@@ -18,7 +18,7 @@ from efface.core.errors import InvalidMethod
 from efface.core.model import Model
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = sorted(str(path.relative_to(ROOT)) for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")))
+DOCUMENTS = sorted(str(path.relative_to(ROOT)) for path in (*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("experiments/*.md")))
 
 
 def text(name: str) -> str:

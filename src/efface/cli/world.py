@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from efface.cli.options import Device, Json, Seed
+from efface.cli.options import Device, Json, Seed, checked_device
 from efface.cli.output import emit
 
 app = typer.Typer(
@@ -42,9 +42,8 @@ def train(
     """Train one stage of the bundled model."""
     from efface.world.train import train as run
 
-    path = run(
-        stage, folder, sprites=sprites or folder / "sprites.safetensors", seed=seed, steps=steps, batch=batch, device=device or "cpu"
-    )
+    source, place = sprites or folder / "sprites.safetensors", checked_device(device)
+    path = run(stage, folder, sprites=source, seed=seed, steps=steps, batch=batch, device=place)
     emit({"stage": stage, "result": str(path)}, f"{stage}: {path}", json)
 
 
