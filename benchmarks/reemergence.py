@@ -4,7 +4,8 @@
     python benchmarks/reemergence.py --out runs/reemergence --concept "santa claus" --seeds 0 --steps 150
 
 Writes `seed-N.json` as each seed is done (a run that was stopped goes on behind them), `reemergence.json`, `reemergence.md` (a table) and
-`reemergence.svg`. The harmless pictures are the model's own, recoloured into a style that it has never seen; no art is needed.
+`reemergence.svg`; `--markdown FILE` writes a page, and the figure beside it. The harmless pictures are the model's own, recoloured into a
+style that it has never seen; no art is needed.
 
 The rates of the fine-tunings were chosen by the two controls alone, with another seed (7): what was never erased must still draw the
 concept and other things after them, or nothing can be said of what was. Of 32 pictures of other things the LoRA keeps 29, with twice its
@@ -49,6 +50,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--style", default="blueprint", choices=sorted(reemergence.INKS))
     parser.add_argument("--size", default="quick", choices=["quick", "full"])
     parser.add_argument("--shots", type=int, help="prompts of each role, for a quick try; all of the size's by default")
+    parser.add_argument("--markdown", type=Path, help="write a page, and the figure beside it")
     return parser.parse_args()
 
 
@@ -62,7 +64,7 @@ def planned(task: Task, size: str, seed: int, shots: int | None) -> Plan:
 
 def asked(args: argparse.Namespace) -> dict[str, Any]:
     """Everything that a seed's numbers hang on."""
-    return {name: value for name, value in vars(args).items() if name not in ("out", "seeds")}
+    return {name: value for name, value in vars(args).items() if name not in ("out", "seeds", "markdown")}
 
 
 def run(args: argparse.Namespace, seed: int) -> dict[str, Any]:
@@ -110,6 +112,30 @@ def table(rows: list[dict[str, Any]]) -> str:
             f"| {row['unseen_loss']:.4f} | {cosine} |"
         )
     return "\n".join(lines)
+
+
+def page(args: argparse.Namespace, rows: list[dict[str, Any]], settings: list[dict[str, Any]]) -> str:
+    """The table with what it shows and how it was made. The settings of the first seed stand for all."""
+    own, seeds = settings[0], " ".join(map(str, args.seeds))
+    harm = max(each["target seen among the harmless pictures before they were left out"] for each in settings)
+    return f"""# Does harmless fine-tuning bring an erased concept back? `{own["safety"]}`
+
+Erased: {own["task"]}, as a LoRA by `{own["safety"]}`, and on the weights by `{own["whole"]}`. Fine-tuned: {own["steps"]} steps of {own["batch"]}
+on {own["pictures"]} of the bundled model's own pictures, recoloured to a style that it does not know ({own["style"]}): all weights with the rate
+{own["full_lr"]:g}, or LoRAs of rank {own["rank"]} with {own["lr"]:g}. Of the pictures drawn for that the judge saw the concept in {100 * harm:.1f} % at
+most; they were left out. Seeds {seeds}; {rows[0]["target"]["n"]} prompts for the concept and {rows[0]["others"]["n"]} for others in all (plan
+{own["plan"]}); shares in per cent with 95 % intervals.
+
+Recovery: the share of what the erasure took that came back; 1 is as much as the control draws. Cosine: of the fine-tuning's change and the
+erasure's, the mean over maps; an update that undoes the erasure has a negative one. Loss: of fine-tuning, on pictures kept out of it. In the
+last two rows a LoRA is subtracted, as the paper does to see what is in it.
+
+Made by `python benchmarks/reemergence.py --out runs/reemergence --seeds {seeds} --markdown docs/results/reemergence.md`.
+
+![for each arm the share of pictures with the erased concept and with others, and the cosines of its two changes](reemergence.svg)
+
+{table(rows)}
+"""
 
 
 def plot(rows: list[dict[str, Any]], path: Path) -> None:
@@ -164,6 +190,9 @@ def main() -> None:
     )
     (args.out / "reemergence.md").write_text(table(rows) + "\n", encoding="utf-8")
     plot(rows, args.out / "reemergence.svg")
+    if args.markdown:
+        plot(rows, args.markdown.with_name("reemergence.svg"))
+        args.markdown.write_text(page(args, rows, [r["settings"] for r in runs]), encoding="utf-8")
     sys.stdout.write(table(rows) + "\n")
 
 
