@@ -120,15 +120,16 @@ def page(args: argparse.Namespace, rows: list[dict[str, Any]], settings: list[di
     harm = max(each["target seen among the harmless pictures before they were left out"] for each in settings)
     return f"""# Does harmless fine-tuning bring an erased concept back? `{own["safety"]}`
 
-Erased: {own["task"]}, as a LoRA by `{own["safety"]}`, and on the weights by `{own["whole"]}`. Fine-tuned: {own["steps"]} steps of {own["batch"]}
-on {own["pictures"]} of the bundled model's own pictures, recoloured to a style that it does not know ({own["style"]}): all weights with the rate
-{own["full_lr"]:g}, or LoRAs of rank {own["rank"]} with {own["lr"]:g}. Of the pictures drawn for that the judge saw the concept in {100 * harm:.1f} % at
-most; they were left out. Seeds {seeds}; {rows[0]["target"]["n"]} prompts for the concept and {rows[0]["others"]["n"]} for others in all (plan
-{own["plan"]}); shares in per cent with 95 % intervals.
+Erased: {own["task"]}, as a LoRA by `{own["safety"]}`, and on the weights by `{own["whole"]}`. Fine-tuned: {own["steps"]} steps
+of {own["batch"]} on {own["pictures"]} of the bundled model's own pictures, recoloured to a style that it does not know
+({own["style"]}): all weights with the rate {own["full_lr"]:g}, or LoRAs of rank {own["rank"]} with {own["lr"]:g}. Of the
+pictures drawn for that the judge saw the concept in {100 * harm:.1f} % at most; they were left out. Seeds {seeds};
+{rows[0]["target"]["n"]} prompts for the concept and {rows[0]["others"]["n"]} for others in all (plan {own["plan"]});
+shares in per cent with 95 % intervals.
 
-Recovery: the share of what the erasure took that came back; 1 is as much as the control draws. Cosine: of the fine-tuning's change and the
-erasure's, the mean over maps; an update that undoes the erasure has a negative one. Loss: of fine-tuning, on pictures kept out of it. In the
-last two rows a LoRA is subtracted, as the paper does to see what is in it.
+Recovery: the share of what the erasure took that came back; 1 is as much as the control draws. Cosine: of the fine-tuning's change
+and the erasure's, the mean over maps; an update that undoes the erasure has a negative one. Loss: of fine-tuning, on pictures kept
+out of it. In the last two rows a LoRA is subtracted, as the paper does to see what is in it.
 
 Made by `python benchmarks/reemergence.py --out runs/reemergence --seeds {seeds} --markdown docs/results/reemergence.md`.
 
