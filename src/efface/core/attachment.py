@@ -25,10 +25,8 @@ from efface.ops.overlay import Slot
 
 VERSION = 1
 """Of the file format; a reader refuses a newer one."""
-ROUNDING = 64
-"""Machine epsilons by which a prediction may change without any effect: rules that add forwards change the batch of others."""
 GREY = 1 / 255
-"""As much of a picture."""
+"""What a picture may change by without any effect."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,6 +55,8 @@ class Edit(ABC):
     kind: ClassVar[str]
     threat: ClassVar[str]
     """What somebody who holds the model must do to undo the erasure."""
+    rounding: ClassVar[int] = 0
+    """Machine epsilons by which a prediction may change without any effect of the edit: none where the same forwards are made as without."""
     card: Card
     extras: Mapping[str, Part]
 
@@ -108,7 +108,7 @@ class Edit(ABC):
         texts = self.card.probes if check else ()
         before = [_probe(model, text) for text in texts]
         with self._held(model):
-            if not texts or not _equal(before, [_probe(model, text) for text in texts], ROUNDING * torch.finfo(model.dtype).eps):
+            if not texts or not _equal(before, [_probe(model, text) for text in texts], self.rounding * torch.finfo(model.dtype).eps):
                 yield model
                 return
             drawn = [_picture(model, text) for text in texts]

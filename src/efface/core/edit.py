@@ -255,6 +255,8 @@ class SamplingEdit(Edit):
 
     kind: ClassVar[str] = "sampling"
     threat: ClassVar[str] = "a rule of the sampler: whoever runs the model can leave it out"
+    rounding: ClassVar[int] = 64
+    """Rules add forwards, so that others are made in other batches."""
 
     rule: Rule
     card: Card
