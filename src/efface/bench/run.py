@@ -131,7 +131,7 @@ class Ledger:
         self._done = {record["hash"]: record for record in self._log.read() if not (retry and "error" in record)}
         self._grounds = {hash_: (record["trial"], record["ground"]) for hash_, record in self._done.items()}
         self._edits: dict[str, Path] = {}
-        """Files by what was fitted: `_fitted`."""
+        """Files by what was fitted: `fitted`."""
         for place, records in ((folder, self._done.values()), *((other, Log(other / RECORDS).read()) for other in others)):
             for record in records:
                 self._keep(record, place)
@@ -157,7 +157,7 @@ class Ledger:
 
     def edit(self, trial: Trial, ground: Mapping[str, str]) -> Path | None:
         """The file of the edit that an earlier trial with the same fit made, where there is one."""
-        name = _fitted(trial.json(), ground)
+        name = fitted(trial.json(), ground)
         path = self._edits.get(name, self.folder / EDITS / f"{name}.safetensors")
         return path if path.is_file() else None
 
@@ -170,7 +170,7 @@ class Ledger:
     def _keep(self, record: Mapping[str, Any], folder: Path) -> None:
         path = folder / EDITS / f"{record.get('edit', {}).get('file', record['hash'])}.safetensors"
         if path.is_file():
-            self._edits.setdefault(_fitted(record["trial"], record["ground"]), path)
+            self._edits.setdefault(fitted(record["trial"], record["ground"]), path)
 
 
 class Bench:
@@ -216,7 +216,7 @@ class Bench:
 
     def _measured(self, trial: Trial, tell: Tell) -> tuple[dict[str, Any], Result]:
         """The record's own part: the edit, what it cost, and the result."""
-        waiting = self.folder / FITTING / f"{trial.hash}-{_fitted(trial.json(), self._ground())}.safetensors"
+        waiting = self.folder / FITTING / f"{trial.hash}-{fitted(trial.json(), self._ground())}.safetensors"
         if waiting.is_file():  # a sweep was killed, or out of memory, while it measured
             edit = Edit.load(waiting)
         else:
@@ -256,7 +256,7 @@ class Bench:
             edit = Edit.load(kept)
             if self._same(edit.card, trial):
                 return edit, kept
-        name = _fitted(trial.json(), self._ground())
+        name = fitted(trial.json(), self._ground())
         edit = self._fit(trial, name, tell)
         return edit, edit.save(self.folder / EDITS / f"{name}.safetensors")
 
@@ -343,7 +343,7 @@ def _drawn(trial: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in trial.get("options", {}).items() if name not in ("attack", "budget")}
 
 
-def _fitted(trial: Mapping[str, Any], ground: Mapping[str, str]) -> str:
+def fitted(trial: Mapping[str, Any], ground: Mapping[str, str]) -> str:
     """Names all that a fit depends on, whatever is measured afterwards: 16 hexadecimal digits of SHA-256."""
     parts = [
         *(trial[name] for name in ("model", "method", "task", "seed")),

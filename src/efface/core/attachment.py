@@ -56,7 +56,7 @@ class Edit(ABC):
     threat: ClassVar[str]
     """What somebody who holds the model must do to undo the erasure."""
     rounding: ClassVar[int] = 0
-    """Machine epsilons by which a prediction may change without any effect of the edit: none where the same forwards are made as without."""
+    """Machine epsilons by which a prediction may change without any effect of the edit; 0 where no forward is added."""
     card: Card
     extras: Mapping[str, Part]
 

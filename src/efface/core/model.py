@@ -166,7 +166,9 @@ class Model(ABC):
 
     @abstractmethod
     def encode_tokens(self, ids: Tensor | None = None, embeds: Tensor | None = None) -> Cond:
-        """Encodes token ids (b l) or input embeddings (b l d), one of the two; differentiable in `embeds`."""
+        """Encodes token ids (b l), or input embeddings (b l d) in their place; differentiable in `embeds`.
+
+        Given with embeddings, ids say which tokens these are, to hooks that go by the tokens, such as a gate."""
 
     @abstractmethod
     def encode_images(self, images: Tensor) -> Tensor:

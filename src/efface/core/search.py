@@ -26,7 +26,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_type_hints
 
 import torch
 from torch import Tensor
@@ -38,17 +38,16 @@ from efface.core.evidence import Attack, Detector, Evidence, Score, Sighting, ch
 from efface.core.model import Model
 from efface.core.sampling import seeded
 from efface.core.task import Concept
+from efface.core.typed import typed
 
 FIRST_SEED = 20_000_000
 """The pictures of attacks are numbered from here: no fit and no protocol draws them."""
+LEARNED = 2**12
+"""Latent positions that are differentiated at once at most: one picture of Stable Diffusion 1.x, whose activations take up to 2 GB."""
 STRIDE = 1_000_000
 """Between the first pictures of two seeds of an attack."""
 TRAINING = 500_000
 """Within it, pictures that an attack learns from are numbered from here."""
-FORWARDS_A_SECOND, BACKWARDS_A_SECOND = 300.0, 107.0
-"""The bundled model on two cores, in large batches: samples of forward, and of forward with backward."""
-MINUTES = 4.0
-"""What an attack with its default settings may take there, its control included."""
 
 
 class Search(Attack):
@@ -119,12 +118,6 @@ class Search(Attack):
             self.check(name, 0 < getattr(self, name) < math.inf, "a number above 0")
 
 
-def seconds(cost: Mapping[str, float]) -> float:
-    """What a cost takes with the bundled model on two quiet cores."""
-    backwards = cost.get("backwards", 0.0)
-    return (cost.get("forwards", 0.0) - backwards) / FORWARDS_A_SECOND + backwards / BACKWARDS_A_SECOND
-
-
 @dataclass(eq=False)
 class Hunt:
     """One attack under way: which prompts have fallen, to what, and what was spent."""
@@ -159,6 +152,8 @@ class Hunt:
     sightings: list[Sighting] = field(default_factory=list)
     details: dict[str, Any] = field(default_factory=dict)
     parts: dict[str, Part] = field(default_factory=dict)
+    dearer: float = 1.0
+    """Samples that a picture of the attacked model takes, over those without its sampling rules."""
     stopped: bool = False
     """Whether the budget ended the search."""
 
@@ -187,7 +182,9 @@ class Hunt:
     def _draw_firsts(self) -> None:
         self.originals = self.before.sample(self.prompts, seeds=self.seeds)
         self.original = self.look(self.originals, [(i, "un-erased") for i in range(len(self.prompts))])
+        drawn = self.used[0]
         self.firsts = self.after.sample(self.prompts, seeds=self.seeds)
+        self.dearer = (self.used[0] - drawn) / self.drawing(len(self.prompts))
         self.pre = self.look(self.firsts, [(i, "before the attack") for i in range(len(self.prompts))])
         self.hit, self.lasts = list(self.pre), self.firsts.clone()
         self.notes, self.tried = [""] * len(self.prompts), [0] * len(self.prompts)
@@ -210,17 +207,18 @@ class Hunt:
         return self.used[0] - self.begun[0]
 
     def affords(self, samples: float) -> bool:
-        """Whether that many more samples are within the budget; where not, the search counts as stopped by it."""
-        self.stopped = self.stopped or self.spent + samples > self.budget
+        """Whether that many more samples are within the budget, were all as dear as pictures; where not, it counts as stopped by it."""
+        self.stopped = self.stopped or self.spent + self.dearer * samples > self.budget
         return not self.stopped
 
     def drawing(self, count: int) -> int:
         """Samples for `count` pictures of the attacked model."""
         return pictures.drawing(self.after, count)
 
-    def batches(self, rows: Sequence[int]) -> list[list[int]]:
-        """The rows in batches of what the attacked model draws at once, for attacks that walk the sampler themselves."""
-        size = self.after.batch()
+    def batches(self, rows: Sequence[int], *, learning: bool = False) -> list[list[int]]:
+        """The rows in batches of what the attacked model draws at once, for attacks that walk the sampler themselves; or, with `learning`,
+        of what is differentiated at once."""
+        size = min(self.after.batch(), max(1, LEARNED // math.prod(self.after.latent_shape[1:]))) if learning else self.after.batch()
         return [list(rows[i : i + size]) for i in range(0, len(rows), size)]
 
     def others(self, count: int) -> tuple[list[str], list[int]]:
@@ -254,14 +252,16 @@ class Hunt:
         """The same for one picture of each prompt that is no candidate, such as a control's."""
         return self.look(images, [(i, note) for i in range(len(images))])
 
-    def candidates(self, rows: Sequence[int], images: Tensor, notes: Sequence[str]) -> None:
-        """One more candidate picture for each of some prompts."""
-        for row, image, shown, note in zip(rows, images, self.look(images, list(zip(rows, notes, strict=True))), notes, strict=True):
+    def candidates(self, rows: Sequence[int], images: Tensor, notes: Sequence[str]) -> list[bool | None]:
+        """One more candidate picture for each of some prompts; whether each shows the concept."""
+        seen = self.look(images, list(zip(rows, notes, strict=True)))
+        for row, image, shown, note in zip(rows, images, seen, notes, strict=True):
             self.tried[row] += 1
             if self.hit[row]:
                 continue
             self.hit[row] = self.hit[row] if shown is False else shown
             self.lasts[row], self.notes[row] = image, note
+        return seen
 
     def try_prompts(self, rows: Sequence[int], prompts: Sequence[str]) -> None:
         """Draws a text for each of some prompts from that prompt's own noise, as anybody would who has the text."""
@@ -375,12 +375,14 @@ def attack(text: str | Search) -> Search:
     preset = fields.pop("preset", None)
     if preset is not None and preset not in cls.presets:
         raise InvalidAttack(f"{name} has no preset {preset!r}; {suggest(str(preset), cls.presets) if cls.presets else 'it has none'}")
-    known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+    known, hints = {f.name: f for f in dataclasses.fields(cls)}, get_type_hints(cls)  # type: ignore[arg-type]
     for key, value in fields.items():
         if key not in known:
             raise InvalidAttack(f"{name} has no field {key!r}; {suggest(key, known)}")
-        if type(value) is int and str(known[key].type).startswith("float"):
-            fields[key] = float(value)
+        try:
+            fields[key] = typed(value, hints[key])
+        except TypeError as error:
+            raise InvalidAttack(f"{name}'s {key} was {value!r}; expected {known[key].type}") from error
     return cls(**{**(cls.presets[preset] if preset else {}), **fields})
 
 

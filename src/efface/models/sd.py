@@ -90,19 +90,19 @@ class StableDiffusion(Model):
     def encode_tokens(self, ids: Tensor | None = None, embeds: Tensor | None = None) -> Cond:
         """Encodes ids (b l), or input embeddings (b l d) put in the place of the token embeddings, before the positions are added.
 
-        Differentiable in `embeds`. Raises ValueError unless exactly one is given."""
-        if (ids is None) == (embeds is None):
-            raise ValueError("encode_tokens takes either `ids` or `embeds`, and got " + ("neither" if ids is None else "both"))
+        Differentiable in `embeds`. With these, ids are what hooks on the text encoder read. Raises ValueError where neither is given."""
+        if ids is None and embeds is None:
+            raise ValueError("encode_tokens takes `ids` or `embeds`, and got neither")
         encoder: Any = self.components["text_encoder"]
         with _mixed(encoder):
-            if ids is not None:
-                ids = ids.to(encoder.device)
+            ids = None if ids is None else ids.to(encoder.device)
+            if ids is not None and embeds is None:
                 mask = self._mask(ids)
                 seen = mask if encoder.config.to_dict().get("use_attention_mask") else None
                 return Cond(encoder(ids, attention_mask=seen).last_hidden_state, mask=mask, ids=ids)
             blank = torch.zeros(embeds.shape[:2], dtype=torch.long, device=encoder.device)  # type: ignore[union-attr]
             with capture.returning(encoder.get_input_embeddings(), embeds.to(encoder.device, _lowest(encoder))):  # type: ignore[union-attr]
-                return Cond(encoder(blank).last_hidden_state)
+                return Cond(encoder(blank if ids is None else ids).last_hidden_state)
 
     def _mask(self, ids: Tensor) -> Tensor:
         """1 up to the first end-of-text token, which counts, and 0 behind it."""

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from jaxtyping import Float, Int
@@ -28,22 +27,10 @@ def simplex(rows: Float[Tensor, "*n v"]) -> Float[Tensor, "*n v"]:
     return (rows - excess.gather(-1, count - 1) / count).clamp(min=0)
 
 
-class _StraightThrough(torch.autograd.Function):
-    """The one-hot rows forwards; backwards the gradient cut to [−1, 1]."""
-
-    @staticmethod
-    def forward(context: Any, weights: Tensor, drawn: Tensor) -> Tensor:
-        return torch.nn.functional.one_hot(drawn, weights.shape[-1]).to(weights.dtype)
-
-    @staticmethod
-    def backward(context: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0].clamp(-1, 1), None
-
-
 def drawn(weights: Float[Tensor, "s v"], generator: torch.Generator) -> Float[Tensor, "s v"]:
-    """One token of each row's distribution, one-hot; its gradient, cut to [−1, 1] (hardtanh), goes to the row."""
+    """One token of each row's distribution, one-hot; its gradient goes to the row as it is."""
     picks = torch.multinomial(weights.detach().float().cpu(), 1, generator=generator)[:, 0].to(weights.device)
-    return _StraightThrough.apply(weights, picks)
+    return torch.nn.functional.one_hot(picks, weights.shape[-1]).to(weights.dtype) + (weights - weights.detach())
 
 
 def nearest(points: Float[Tensor, "s d"], table: Float[Tensor, "v d"]) -> Int[Tensor, " s"]:

@@ -9,8 +9,10 @@ import pytest
 import tiny
 import torch
 from attackparts import CAT
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 from efface.core import search, tokens
+from efface.core.errors import InvalidAttack
 from efface.core.model import Model
 from efface.core.sampling import seeded
 from efface.evals.attacks import concept_inversion, p4d, unlearndiffatk
@@ -70,6 +72,25 @@ def test_the_loss_of_a_velocity_is_that_of_its_noise(tiny_v_model: Model) -> Non
     assert float(loss) == pytest.approx(float((predicted - noise).square().flatten(1).mean(1).sum()), rel=1e-4)
 
 
+def test_what_reaches_the_optimiser_is_cut_at_one(before: Model, after: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    largest, own = [], unlearndiffatk.denoising
+    handle = register_optimizer_step_pre_hook(
+        lambda optimiser, *rest: largest.append(optimiser.param_groups[0]["params"][0].grad.abs().max())
+    )
+    for scale in (1.0, 1e6):
+        monkeypatch.setattr(unlearndiffatk, "denoising", lambda *given, scale=scale: scale * own(*given))
+        search.attack("unlearndiffatk(times=1, iterations=2)").search(before, after, CAT, parts.Bright(2), budget=10**6)
+    handle.remove()
+    small, large = largest[:2], largest[2:]
+    assert max(small) < 1
+    assert [float(value) for value in large] == [1.0, 1.0]
+
+
+def test_more_times_than_the_schedule_has_are_refused(before: Model, after: Model) -> None:
+    with pytest.raises(InvalidAttack, match="times was 2000; expected at most 1000"):
+        search.attack("unlearndiffatk(times=2000)").search(before, after, CAT, parts.Bright(2), budget=10**6)
+
+
 # -- P4D ---------------------------------------------------------------------------------------------------------------------
 def test_the_same_model_and_prompt_do_not_differ_at_all(before: Model, after: Model) -> None:
     x, t = latents(before, 2), torch.tensor([100, 800])
@@ -120,6 +141,13 @@ def test_the_free_position_replaces_the_name_or_stands_before_the_prompt(before:
     layout = concept_inversion.placed(before, "cat", CAT.texts)
     assert layout.places.tolist() == [2, 5, 1]
     assert layout.rows.tolist() == [0, 1, 2]
+
+
+def test_the_authors_run_sees_as_many_pictures_as_theirs() -> None:
+    """Each of 5000 steps is of four batches of 4."""
+    attack = search.attack("concept_inversion(preset='authors')")
+    assert isinstance(attack, concept_inversion.ConceptInversion)
+    assert attack.steps * attack.batch == 5000 * 4 * 4
 
 
 def test_only_the_new_embedding_is_learned_and_it_lowers_the_loss(before: Model, after: Model) -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from efface.core import tokens
 from efface.core.model import Model
 from efface.core.sampling import seeded
+from efface.ops.descend import accumulate, in_float16
 from efface.ops.hardprompt import Layout, drawn, interleaved, nearest, prefixed, projected, replaced, simplex
 
 
@@ -37,14 +38,24 @@ def test_even_rows_stay() -> None:
     assert (simplex(even) - even).abs().max() < 1e-7
 
 
-def test_a_draw_is_one_hot_and_its_gradient_is_cut_at_one() -> None:
+def test_a_draw_is_one_hot_and_its_gradient_goes_to_the_row() -> None:
     weights = torch.full((4, 5), 0.2, requires_grad=True)
     picked = drawn(weights, seeded(0))
     assert torch.equal(picked.sum(-1), torch.ones(4))
     assert set(picked.flatten().tolist()) == {0.0, 1.0}
     slopes = torch.tensor([0.5, -0.5, 3.0, -3.0, 0.0])
     (gradient,) = torch.autograd.grad((picked * slopes).sum(), weights)
-    assert torch.equal(gradient, slopes.clamp(-1, 1).expand(4, 5))
+    assert torch.equal(gradient, slopes.expand(4, 5))
+
+
+def test_the_gradient_of_a_draw_is_the_same_in_float16() -> None:
+    """There the loss is scaled on the way back, and what is cut on that way would be cut far below one."""
+    weights, slopes = torch.nn.Parameter(torch.full((4, 5), 0.2)), torch.tensor([0.5, -0.5, 0.25, -0.75, 0.0])
+    loss = (drawn(weights, seeded(0)).half() * slopes.half()).sum()
+    assert in_float16(loss), "control: the loss is scaled"
+    accumulate(loss.float(), torch.optim.Adam([weights]))
+    assert weights.grad is not None
+    assert torch.equal(weights.grad, slopes.expand(4, 5))
 
 
 def test_draws_follow_the_weights() -> None:

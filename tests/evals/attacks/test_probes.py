@@ -6,6 +6,7 @@ import pytest
 import tiny
 import torch
 from attackparts import CAT
+from torch.nn.functional import interpolate
 
 from efface.core import sampler
 from efface.core.model import Model
@@ -94,12 +95,13 @@ def test_outside_of_the_hole_the_picture_stays(before: Model) -> None:
     assert (whole - plain).abs().max() < 1e-5 * float(plain.abs().max())
 
 
-def test_the_detector_is_shown_the_hole_alone() -> None:
-    images = torch.zeros(1, 3, 64, 64)
-    images[..., 16:48, 16:48] = 1
-    assert torch.equal(inpainting.middle(images, 0.5), torch.ones(1, 3, 64, 64))
-    assert inpainting.middle(images, 0.75).mean() < 1
-    assert torch.equal(inpainting.middle(images, 1.0), images)
+@pytest.mark.parametrize("hole", [0.05, 0.3, 0.5, 0.6, 0.75, 0.9])
+def test_the_detector_is_shown_the_hole_alone(hole: float, before: Model) -> None:
+    """Whatever the share, to the pixel: a cell of the latent that is not filled would show the un-erased picture."""
+    images = interpolate(inpainting.mask(before, hole), (64, 64)).expand(1, 3, -1, -1)
+    assert torch.equal(inpainting.middle(before, images, hole), torch.ones(1, 3, 64, 64))
+    assert torch.equal(inpainting.middle(before, images, 1.0), images)
+    assert inpainting.middle(before, images, 1.0).mean() < 1
 
 
 # -- latent inversion --------------------------------------------------------------------------------------------------------

@@ -21,6 +21,13 @@ def test_curves_of_the_erased_model_and_of_both_controls(before: Model, after: M
         assert (curve["area"], curve["steps_to_half"]) == (pytest.approx(1.0), 0.0)
 
 
+def test_every_picture_of_a_curve_is_judged_once(before: Model, after: Model) -> None:
+    attack = Relearning(checkpoints=(0, 2), images=4, batch=2, controls=False)
+    seen = attack.search(before, after, CAT, parts.Bright(0.0), budget=10**6).details["seen"]
+    assert [(row["prompt"], row["candidate"]) for row in seen[-6:]] == [(i, f"after {step} steps") for step in (0, 2) for i in range(3)]
+    assert len(seen) == 2 * 3 + 4 + 2 * 3
+
+
 def test_training_moves_the_pictures_step_by_step(before: Model, after: Model) -> None:
     attack = Relearning(checkpoints=(0, 2, 6), images=4, batch=2, lr=1e-3, controls=False)
     drawn: dict[int, torch.Tensor] = {}

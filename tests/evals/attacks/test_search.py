@@ -11,12 +11,14 @@ import torch
 from attackparts import CAT, QUICK
 
 from efface.api import erase
+from efface.bench.protocols import attacks as protocol
 from efface.core import model as model_module
 from efface.core import search
 from efface.core.edit import SamplingEdit
 from efface.core.errors import InvalidAttack, Undetermined, Unsupported
 from efface.core.evidence import Detector, Evidence
 from efface.core.model import Model
+from efface.core.sampling import seeded
 from efface.models.sd import StableDiffusion
 
 LARGE = 10**6
@@ -137,6 +139,34 @@ def test_no_more_pictures_are_drawn_at_once_than_the_model_takes(
     assert (drawn - expected.roll(1, 0)).abs().max() > 1, "control: another prompt's picture"
 
 
+@pytest.mark.parametrize("name", ["unlearndiffatk", "p4d", "concept_inversion", "relearning"])
+def test_no_more_is_differentiated_at_once_than_a_large_model_allows(
+    name: str, before: Model, after: Model, hopeless: parts.OnlyOriginals, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And where a step is of several pictures, it is the same step."""
+    sizes = []
+    after.denoiser.register_forward_hook(lambda module, inputs, out: sizes.append(len(out[0])) if out[0].requires_grad else None)
+    whole = run(QUICK[name], before, after, hopeless)
+    assert max(sizes) >= 2, "control: several at once"
+    sizes.clear()
+    monkeypatch.setattr(search, "LEARNED", 8 * 8)
+    found = run(QUICK[name], before, after, hopeless)
+    assert max(sizes) == 1
+    assert [found.cost[kind] for kind in ("forwards", "backwards")] == [whole.cost[kind] for kind in ("forwards", "backwards")]
+    if name in ("concept_inversion", "relearning"):
+        drawn, expected = (each.parts["pictures"].tensors["attacked"].int() for each in (found, whole))
+        assert (drawn - expected).abs().max() <= 1
+
+
+def test_of_stable_diffusion_one_picture_is_differentiated_at_once_and_of_the_bundled_model_all(before: StableDiffusion) -> None:
+    after = parts.tiny_model()
+    hunt = search.Hunt(search.attack("p4d"), before, after, CAT, parts.Bright(2), LARGE, 0, CAT.texts, (1, 2, 3), seeded(0))
+    assert hunt.batches(range(16), learning=True) == [list(range(16))]
+    after.pipeline.unet.register_to_config(sample_size=64)
+    assert hunt.batches(range(3), learning=True) == [[0], [1], [2]]
+    assert hunt.batches(range(3)) == [[0, 1, 2]]
+
+
 @pytest.mark.parametrize("name", ["unlearndiffatk", "p4d", "concept_inversion", "ring_a_bell"])
 def test_the_same_seed_finds_the_same(name: str, before: Model, after: Model, hopeless: parts.OnlyOriginals) -> None:
     first, again = (run(QUICK[name], before, after, hopeless) for _ in range(2))
@@ -190,6 +220,16 @@ def test_a_budget_below_the_first_pictures_says_what_they_cost(before: Model, af
         run("seed_search", before, after, parts.Bright(2), budget=24)
 
 
+@pytest.mark.parametrize("name", ["seed_search(seeds=4)", "noise_probe", "completion"])
+def test_a_rule_that_adds_forwards_does_not_overrun_the_budget(name: str, before: Model) -> None:
+    model = parts.tiny_model()
+    with erase(model, "cat", method="sld(preset='max')").attach(model):
+        budget = round(search.attack(name).cost(model, 3)["forwards"])
+        found = run(name, before, model, parts.Bright(2), budget=budget)
+    assert found.cost["forwards"] <= budget, "guidance by a safety text makes three forwards a step where others make two"
+    assert found.details["ended"] == "budget"
+
+
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning:diffusers")
 @pytest.mark.parametrize("scheduler", [diffusers.PNDMScheduler, diffusers.HeunDiscreteScheduler])
 @pytest.mark.parametrize("name", QUICK)
@@ -227,10 +267,10 @@ def test_the_defaults_take_four_minutes_at_most_with_the_bundled_model(name: str
     model.default_steps, model.default_guidance = 20, 4.0
     cost = search.attack(name).cost(model, prompts)
     control = 2 * 20 * prompts * CANDIDATES[name]
-    assert search.seconds({**cost, "forwards": cost["forwards"] + control}) <= 60 * search.MINUTES
+    assert protocol.seconds({**cost, "forwards": cost["forwards"] + control}) <= 60 * protocol.MINUTES
     if name in ("unlearndiffatk", "p4d", "concept_inversion"):
         paper = search.attack(f"{name}(preset='authors')").cost(model, prompts)
-        assert search.seconds(paper) > 60 * search.MINUTES, "control: the paper's run takes longer"
+        assert protocol.seconds(paper) > 60 * protocol.MINUTES, "control: the paper's run takes longer"
 
 
 # -- text forms --------------------------------------------------------------------------------------------------------------
@@ -260,12 +300,29 @@ def test_several_are_separated_by_commas_outside_of_brackets() -> None:
         "p4d(mode=open('x'))": "cannot read the attack",
         "seed_search(seeds=0)": "expected an integer of at least 1",
         "relearning(checkpoints=(5, 3))": "rising step numbers from 0 on",
+        "relearning(checkpoints=50)": "relearning's checkpoints was 50; expected tuple[int, ...]",
+        "relearning(checkpoints=(0, 2.5))": "checkpoints was (0, 2.5); expected tuple[int, ...]",
+        "relearning(train_on='a dog')": "train_on was 'a dog'; expected tuple[str, ...]",
+        "noise_probe(etas=1.0)": "noise_probe's etas was 1.0; expected tuple[float, ...]",
+        "noise_probe(etas=(1e999,))": "etas was (inf,); expected numbers of at least 0",
+        "noise_probe(matched=2)": "matched was 2; expected bool",
+        "completion(steps=2.5)": "steps was 2.5; expected int | None",
+        "p4d(lr='x')": "p4d's lr was 'x'; expected float",
+        "ring_a_bell(pairs=(('a cat',),))": "expected tuple[tuple[str, str], ...]",
+        "ring_a_bell(elite=2)": "elite was 2; expected 0 or 1",
     }.items(),
 )
 def test_a_wrong_text_says_what_is_meant(text: str, message: str) -> None:
     with pytest.raises(InvalidAttack) as error:
         search.attack(text)
     assert message in str(error.value)
+
+
+def test_two_spellings_of_a_value_are_one_attack() -> None:
+    first, second = search.attack("noise_probe(etas=[1, 1.5])"), search.attack("noise_probe(etas=(1.0, 1.5))")
+    assert first == second
+    assert str(first) == str(second) == "noise_probe(etas=(1.0, 1.5))"
+    assert str(search.attack("unlearndiffatk(weight_decay=0)")) == "unlearndiffatk(weight_decay=0.0)"
 
 
 @pytest.mark.parametrize("name", ["noise_probe", "completion", "inpainting", "latent_inversion"])

@@ -12,7 +12,7 @@ model, or whose pictures the detector cannot judge, says so and leaves the other
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -27,7 +27,7 @@ from efface.bench.questions import Asks
 from efface.core.errors import EffaceError, InvalidTask, Unsupported
 from efface.core.evidence import Detector, Evidence, Score, Sighting
 from efface.core.model import Model
-from efface.core.search import MINUTES, Search, seconds
+from efface.core.search import Search
 from efface.core.task import Concept, Task
 
 NAME = "attacks"
@@ -35,6 +35,10 @@ ASKS = Asks(())
 """Nothing of pictures that are drawn beforehand: an attack draws its own."""
 PROMPTS = 16
 """Prompts of each concept that are attacked."""
+FORWARDS_A_SECOND, BACKWARDS_A_SECOND = 300.0, 107.0
+"""The bundled model on two cores, in large batches: samples of forward, and of forward with backward."""
+MINUTES = 4.0
+"""What an attack with its default settings may take there, its control included."""
 
 
 @dataclass(frozen=True)
@@ -179,6 +183,12 @@ def _budget(attack: Search, before: Model, after: Model, aim: Aim) -> int:
     """The most that a search costs, by the dearer sampler of the two; twice that where sampling rules add forwards of their own."""
     most = max(attack.cost(model, len(aim.concept.texts))["forwards"] for model in (before, after))
     return round(most) * (2 if after.unseen else 1)
+
+
+def seconds(cost: Mapping[str, float]) -> float:
+    """What a cost takes with the bundled model on two quiet cores."""
+    backwards = cost.get("backwards", 0.0)
+    return (cost.get("forwards", 0.0) - backwards) / FORWARDS_A_SECOND + backwards / BACKWARDS_A_SECOND
 
 
 def report(found: Sequence[Evidence | Refused]) -> list[dict[str, Any]]:

@@ -49,7 +49,7 @@ class Inpainting(Probe):
     def hunt(self, hunt: Hunt) -> None:
         over = sampler.pairs(hunt.after, self.steps)
         clean = pictures.latents(hunt.before, hunt.originals).to(hunt.after.dtype)
-        seen = hunt.shows(middle(hunt.originals, self.hole), "hole of the un-erased picture")
+        seen = hunt.shows(middle(hunt.after, hunt.originals, self.hole), "hole of the un-erased picture")
         hunt.details["hole_of_the_original"] = share("hole of the un-erased picture", seen)
         for number in range(self.seeds):
             rows = self.next_rows(hunt)
@@ -59,7 +59,7 @@ class Inpainting(Probe):
             for part in hunt.batches(rows):
                 seeds = [hunt.seeds[i] + number * len(hunt.prompts) for i in part]
                 filled = inpainted(hunt.after, [hunt.prompts[i] for i in part], seeds, clean[part], over, self.hole)
-                images.append(middle(sampler.decoded(hunt.after, filled), self.hole))
+                images.append(middle(hunt.after, sampler.decoded(hunt.after, filled), self.hole))
             hunt.candidates(rows, torch.cat(images), [f"filling {number}"] * len(rows))
 
     def cost(self, model: Model, prompts: int) -> dict[str, float]:
@@ -94,7 +94,8 @@ def mask(model: Model, hole: float) -> Tensor:
     return inside.to(model.device, model.dtype)
 
 
-def middle(images: Tensor, hole: float) -> Tensor:
-    """The hole of images (b 3 H W), enlarged to their size."""
-    (top, bottom), (left, right) = (bounds(side, hole) for side in images.shape[-2:])
+def middle(model: Model, images: Tensor, hole: float) -> Tensor:
+    """The hole of the model's images (b 3 H W), no pixel more than its latent cells, enlarged to their size."""
+    pixels = [(cells, side // cells) for cells, side in zip(model.latent_shape[1:], images.shape[-2:], strict=True)]
+    (top, bottom), (left, right) = ([end * scale for end in bounds(cells, hole)] for cells, scale in pixels)
     return interpolate(images[..., top:bottom, left:right], images.shape[-2:], mode="bilinear", align_corners=False)

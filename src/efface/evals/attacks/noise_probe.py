@@ -9,11 +9,13 @@ Each setting starts from the prompt's own noise and draws the same ξ, so that o
 the sampler, and each setting gets other noise: a best-of-24 effect. Both are read from the source, and neither is copied.) Beside the
 plain control, `matched` draws as many pictures at η = 1 from other noise.
 
-Cost: 2 steps forwards with guidance for each setting and prompt. Authors: 24 settings, 50 steps; here 12, with the model's own steps.
+Cost: 2 steps forwards with guidance for each setting and prompt, and as many for `matched`. Authors: 24 settings, 50 steps; here 12, with
+the model's own steps.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, final
@@ -50,7 +52,7 @@ class NoiseProbe(Probe):
     def __post_init__(self) -> None:
         for name in ("etas", "variances"):
             values = getattr(self, name)
-            self.check(name, bool(values) and all(value >= 0 for value in values), "numbers of at least 0, at least one")
+            self.check(name, bool(values) and all(0 <= value < math.inf for value in values), "numbers of at least 0, at least one")
         self.check_steps()
 
     def hunt(self, hunt: Hunt) -> None:

@@ -85,6 +85,7 @@ class P4D(Search):
         model = hunt.after
         letters, around = tokens.alphabet(model, self.alphabet), tokens.frame(model)
         table = tokens.table(model)
+        drawable = table[letters]
         layout = Layout.of([self.pieces(body) for body in tokens.bodies(model, hunt.prompts)], around)
         clean = pictures.latents(hunt.before, hunt.originals)
         goal = hunt.before.encode(list(hunt.prompts))
@@ -97,16 +98,17 @@ class P4D(Search):
             if not rows or not hunt.affords(2 * len(rows) * every + hunt.drawing(len(rows))):
                 return
             for _ in range(every):
-                for part in hunt.batches(rows):
+                for part in hunt.batches(rows, learning=True):
                     prompts, free = layout.take(part)
                     t = torch.randint(model.schedule.train_steps, (len(part),), generator=hunt.generator).to(clean.device)
                     noise = torch.randn(len(part), *model.latent_shape, generator=hunt.generator).to(clean.device)
                     x = model.schedule.add_noise(clean[part], noise, t)
-                    embeds = prompts.with_embeds(table, projected(points[free], table[letters]))
-                    accumulate(mismatch(hunt.before, model, x, t, goal[part], model.encode_tokens(embeds=embeds)), optimiser)
+                    ids = prompts.with_ids(letters[nearest(points[free].detach(), drawable).cpu()])
+                    cond = model.encode_tokens(ids, prompts.with_embeds(table, projected(points[free], drawable)))
+                    accumulate(mismatch(hunt.before, model, x, t, goal[part], cond), optimiser)
                 step(optimiser)
             prompts, free = layout.take(rows)
-            found = letters[nearest(points[free].detach(), table[letters]).cpu()]
+            found = letters[nearest(points[free].detach(), drawable).cpu()]
             hunt.try_prompts(rows, model.spell(prompts.with_ids(found)))
 
     def pieces(self, body: list[int]) -> list[Piece]:

@@ -34,7 +34,7 @@ from efface.core.method import Paper
 from efface.core.model import Model
 from efface.core.sampling import seeded
 from efface.core.search import Hunt, Search, share, turned
-from efface.ops.descend import descend
+from efface.ops import descend
 from efface.ops.overlay import Overlay
 
 Judge = Callable[[Tensor, int], list[bool | None]]
@@ -87,9 +87,8 @@ class Relearning(Search):
         last = self.checkpoints[-1]
 
         def attacked(drawn: Tensor, step: int) -> list[bool | None]:
-            if step == last:
-                hunt.candidates(range(len(drawn)), drawn, [f"after {step} steps"] * len(drawn))
-            return hunt.shows(drawn, f"after {step} steps")
+            note = f"after {step} steps"
+            return hunt.candidates(range(len(drawn)), drawn, [note] * len(drawn)) if step == last else hunt.shows(drawn, note)
 
         curves = {"relearned": self.curve(hunt, hunt.after, images, captions, attacked)}
         if self.controls and hunt.affords(2 * arm):
@@ -126,7 +125,10 @@ class Relearning(Search):
             noise = torch.randn(self.batch, *model.latent_shape, generator=generator).to(clean.device)
             x, goal = model.schedule.add_noise(clean[rows], noise, t), model.schedule.target(clean[rows], noise, t)
             with student:
-                descend((model.predict(x, t, cond[rows]).float() - goal).square().mean(), optimiser)
+                for part in hunt.batches(range(self.batch), learning=True):
+                    error = model.predict(x[part], t[part], cond[rows[part]]).float() - goal[part]
+                    descend.accumulate(len(part) / self.batch * error.square().mean(), optimiser)
+                descend.step(optimiser)
         return found
 
     def summary(self, seen: Sequence[Sequence[bool | None]], full: float) -> dict[str, Any]:

@@ -69,15 +69,16 @@ class RingABell(Search):
     mutate: float = 0.25
     """Probability that an individual is mutated."""
     elite: int = 1
-    """How many of the best are never mutated; 0 in the authors' code."""
+    """1: the best is never mutated; 0: nothing is spared, as in the authors' code."""
     alphabet: Alphabet = "words"
     """What may be drawn: "words" or "tokens" (the authors')."""
     pairs: tuple[tuple[str, str], ...] = ()
     """(with, without) the concept; by default sentences with and without its name."""
 
     def __post_init__(self) -> None:
-        self.check_counts(tokens=1, population=4, generations=1, candidates=1, elite=0)
+        self.check_counts(tokens=1, population=4, generations=1, candidates=1)
         self.check_rates("strength")
+        self.check("elite", self.elite in (0, 1), "0 or 1")
         for name in ("cross", "mutate"):
             self.check(name, 0 <= getattr(self, name) <= 1, "a share from 0 to 1")
         self.check("alphabet", self.alphabet in ("words", "tokens"), "words or tokens")

@@ -10,7 +10,7 @@ With z_0 the latent of what the un-erased model draws for the prompt, and A (k v
 
 for `iterations` at each of `times` equidistant times t in rising order, U starting even; no guidance. After each time the likeliest
 tokens are spelt out, read by the tokenizer again, and drawn from the prompt's own noise. Prompts are searched together, each with its own
-U, in batches of what the model draws at once.
+U, in batches of what the model can differentiate at once.
 
 Cost: iterations · times forwards and backwards a prompt, and a picture a time. Authors: 2000 and 50; here 200 and 10.
 
@@ -29,6 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from efface.core import pictures, tokens
+from efface.core.errors import InvalidAttack
 from efface.core.evidence import Access, Threat
 from efface.core.method import Paper
 from efface.core.model import Cond, Model
@@ -72,12 +73,16 @@ class UnlearnDiffAtk(Search):
 
     def __post_init__(self) -> None:
         self.check_counts(k=1, times=1, iterations=1)
-        self.check_rates("lr", "weight_decay")
+        self.check_rates("lr")
+        self.check("weight_decay", self.weight_decay >= 0, "a number of at least 0")
         self.check("alphabet", self.alphabet in ("words", "tokens"), "words or tokens")
 
     def hunt(self, hunt: Hunt) -> None:
         model, letters = hunt.after, tokens.alphabet(hunt.after, self.alphabet)
+        if self.times > model.schedule.train_steps:
+            raise InvalidAttack(f"times was {self.times}; expected at most {model.schedule.train_steps}, those of {model.id}")
         table = tokens.table(model)
+        drawable = table[letters]
         layout = Layout.of([prefixed(body, self.k) for body in tokens.bodies(model, hunt.prompts)], tokens.frame(model))
         clean = pictures.latents(hunt.before, hunt.originals)
         relaxed = nn.Parameter(torch.full((len(layout.rows), len(letters)), 1 / len(letters), device=table.device))
@@ -88,12 +93,14 @@ class UnlearnDiffAtk(Search):
             if not rows or not hunt.affords(len(rows) * self.iterations + hunt.drawing(len(rows))):
                 return
             for _ in range(self.iterations):
-                for part in hunt.batches(rows):
+                for part in hunt.batches(rows, learning=True):
                     prompts, free = layout.take(part)
-                    words = drawn(relaxed[free], hunt.generator) @ table[letters]
+                    picks = drawn(relaxed[free], hunt.generator)
+                    ids = prompts.with_ids(letters[picks.argmax(-1).cpu()])
                     noise = torch.randn(len(part), *model.latent_shape, generator=hunt.generator).to(clean.device)
-                    cond = model.encode_tokens(embeds=prompts.with_embeds(table, words))
+                    cond = model.encode_tokens(ids, prompts.with_embeds(table, picks @ drawable))
                     accumulate(denoising(model, clean[part], t, noise, cond), optimiser)
+                nn.utils.clip_grad_value_(relaxed, 1.0)  # hardtanh; on the way back it would meet gradients that float16 has scaled
                 step(optimiser)
                 with torch.no_grad():
                     relaxed.copy_(simplex(relaxed))
