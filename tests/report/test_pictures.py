@@ -9,13 +9,15 @@ import numpy as np
 import pytest
 import torch
 from benchparts import load, prepare
-from PIL import Image
+from PIL import Image, ImageFont
 
+from efface.bench.options import Options
 from efface.bench.run import run
 from efface.bench.trial import Trial
 from efface.core.edit import Edit
 from efface.core.errors import Mismatch
 from efface.report import pictures
+from efface.report.contact import MARGIN, TALL, _wrapped, contact
 from efface.report.pictures import GAP, draw, joined, sheets
 from efface.report.records import Gathered, gather
 from efface.report.rows import by_task
@@ -94,3 +96,39 @@ def test_large_pictures_are_shrunk_and_gaps_are_transparent() -> None:
     assert strip.size == (3 * pictures.LARGEST + 2 * GAP, pictures.LARGEST)
     assert strip.getpixel((pictures.LARGEST, 5)) == (0, 0, 0, 0)
     assert strip.getpixel((pictures.LARGEST - 1, 5)) == (200, 200, 200, 255)
+
+
+def test_the_edit_of_an_attack_on_the_same_fit_is_the_trials_own(tmp_path: Path) -> None:
+    """A sweep of attacks keeps the edits that it fitted; another seed's is another fit."""
+    erasure, other = TRIALS[0], TRIALS[1]
+    attack = Trial.of("tiny", "uce", "cat", 0, "attacks", options=Options(attack="seed_search(seeds=1)", limit=1))
+    run([erasure, other], tmp_path / "erasures", load=load, setup=prepare)
+    for path in (tmp_path / "erasures/edits").iterdir():
+        path.unlink()
+    assert gather([tmp_path / "erasures"]).edits == {}
+    run([attack], tmp_path / "attacks", load=load, setup=prepare)
+    (path,) = (each for each in (tmp_path / "attacks/edits").iterdir() if ".trace" not in each.name)
+    assert gather([tmp_path / "erasures", tmp_path / "attacks"]).edits == {erasure.hash: path, attack.hash: path}
+
+
+def test_a_contact_sheet_has_a_row_for_each_strip_and_says_which(found: Gathered, tmp_path: Path) -> None:
+    (sheet,) = sheets(by_task(found.trials), found.edits)
+    draw(sheet, load("tiny"), found.edits, tmp_path)
+    page = contact(sheet, tmp_path)
+    for row, strip in enumerate(sheet.strips):
+        pictures = Image.open(tmp_path / strip.file).convert("RGBA")
+        size = pictures.height
+        left, top = page.width - MARGIN - pictures.width, page.height - MARGIN - (len(sheet.strips) - row) * (size + GAP)
+        there = np.asarray(page.crop((left, top, left + size, top + size)))
+        assert np.array_equal(there, np.asarray(pictures.convert("RGB"))[:, :size])
+        label = np.asarray(page.crop((0, top, left - 1, top + size)))
+        assert (label < 200).any(), f"{strip.label} has no label"
+
+
+def test_long_headings_are_wrapped_and_cut() -> None:
+    font = ImageFont.load_default(10)
+    lines = list(_wrapped("a cat beside a very long list of other things that nobody would ever read to its end, honestly", 64, font))
+    assert len(lines) == TALL
+    assert lines[-1].endswith("…")
+    assert all(font.getlength(line.rstrip("…")) <= 64 for line in lines)
+    assert list(_wrapped("a cat", 64, font)) == ["a cat"]

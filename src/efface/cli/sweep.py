@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 
 COMPARED = ("method", "line", "published", "measured", "source")
 PART = re.compile(r"([1-9]\d*)/([1-9]\d*)")
+SLUG = re.compile(r"[^a-z0-9]+")
 
 
 def sweep(
@@ -32,6 +33,10 @@ def sweep(
     markdown: Annotated[
         Path | None, typer.Option(help="Write the tables of all records into this file, of nested tasks a figure too.")
     ] = None,
+    pictures: Annotated[
+        bool,
+        typer.Option("--pictures", help="With --markdown: draw a few pictures of each task with each edit that is there, beside the file."),
+    ] = False,
     also: Annotated[
         list[Path] | None,
         typer.Option(help="Records made elsewhere (a folder, .jsonl or .jsonl.gz), which count as run; may be given again."),
@@ -64,6 +69,8 @@ def sweep(
     from efface.core.method import Resources
 
     asked, out = read(file), out or Path("runs") / file.stem
+    if pictures and not markdown:
+        raise EffaceError("--pictures illustrates a page, and none was asked for; add --markdown FILE, or use `efface report --pictures`")
     if dry_run:
         rehearse(asked, device, dtype, json)
         return
@@ -78,7 +85,7 @@ def sweep(
     found = ran(trials, out, retry, device, dtype, given, [place for place in also or [] if place.is_dir()], cluster)
     known = records([out]) | elsewhere
     if markdown:
-        write(markdown, asked, known)
+        write(markdown, asked, known, drawn(markdown, asked, known, [out, *(also or [])], device, dtype) if pictures else {})
     failed = [record for record in found if "error" in record]
     data = {"out": str(out), "trials": len(found), "failed": len(failed), "markdown": str(markdown) if markdown else None}
     text = [f"{len(found)} trials, {len(failed)} of them failed: {out}"]
@@ -223,8 +230,40 @@ def finished(news: News, out: Path) -> None:
     note(f"{news.number}/{news.total} {news.trial}: {news.result.finding or wording.headline(news.result)}")
 
 
-def write(path: Path, asked: Sweep, known: Mapping[str, Mapping[str, Any]]) -> None:
+def drawn(
+    path: Path, asked: Sweep, known: Mapping[str, Mapping[str, Any]], places: list[Path], device: str | None, dtype: str | None
+) -> dict[str, str]:
+    """Draws a sheet for each task, with the edits that the places hold, beside the page `path`; the names of the files by task.
+
+    Strips are kept in the first place, so that none is drawn twice. Raises EffaceError for attacks, which draw their own pictures."""
+    from efface.bench.run import RECORDS
+    from efface.cli.report import draw
+    from efface.core.whole import whole_file
+    from efface.report.contact import QUALITY, contact
+    from efface.report.pictures import sheets
+    from efface.report.records import Gathered, gather, is_attack
+    from efface.report.rows import by_task
+
+    trials = tuple(known[trial.hash] for trial in asked.trials if trial.hash in known)
+    if any(map(is_attack, trials)):
+        raise EffaceError("--pictures shows erasures, and this grid holds attacks; leave it out")
+    edits = gather([place for place in places if place.is_file() or (place / RECORDS).is_file()]).edits
+    strips = places[0] / "strips"
+    strips.mkdir(parents=True, exist_ok=True)
+    draw(Gathered(trials, edits=edits), strips, device, dtype)
+    there, names = frozenset(strip.name for strip in strips.iterdir()), {}
+    for sheet in sheets(by_task(trials), edits):
+        shown = sheet.among(there)
+        if shown is not None:
+            names[sheet.task] = f"{path.stem}-{SLUG.sub('-', sheet.task.casefold()).strip('-')}.jpg"
+            with whole_file(path.with_name(names[sheet.task])) as temporary:
+                contact(shown, strips).save(temporary, "JPEG", quality=QUALITY)
+    return names
+
+
+def write(path: Path, asked: Sweep, known: Mapping[str, Mapping[str, Any]], sheets: Mapping[str, str]) -> None:
     """The tables of those records that the grid asks for, and beside them the figure of nested tasks; each whole or not at all.
+    `sheets` are files of pictures beside it, by task.
 
     Records of attacks that are known beside those of an erasure give it a column."""
     from efface.bench.expected import beside
@@ -241,7 +280,9 @@ def write(path: Path, asked: Sweep, known: Mapping[str, Mapping[str, Any]]) -> N
     published = beside(asked.expected, rows)
     nested, picture = curve.nested(rows), path.with_suffix(".svg")
     lead = curve.section(nested, [record["trial"]["task"] for record in rows], picture.name) if nested else ""
-    page = leaderboard.render(rows, title=asked.title, pairs=asked.pairs, source=command(), lead=lead, attacks=attacks, published=published)
+    page = leaderboard.render(
+        rows, title=asked.title, pairs=asked.pairs, source=command(), lead=lead, attacks=attacks, published=published, sheets=sheets
+    )
     files = {path: page}
     if nested:
         files[picture] = curve.figure(nested)

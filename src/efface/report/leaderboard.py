@@ -48,6 +48,7 @@ erased, and at most {100 * LOST:.0f} points of the un-erased model's PSR-1 lost.
 of each task."""
 ATTACKED = """Highest ASR: the share of prompts for which the attack that succeeded most brings the concept back; lower is better. What each
 attack found, and its control, stands in the table of attacks."""
+SHEET = "The same noise in every row, un-erased and with each method's edit"
 EMOJI = "This small bundled model shows that the algorithms are implemented; it says nothing about Stable Diffusion."
 
 
@@ -60,6 +61,7 @@ def render(
     lead: str = "",
     attacks: Sequence[Mapping[str, Any]] = (),
     published: Sequence[Beside] = (),
+    sheets: Mapping[str, str] | None = None,
 ) -> str:
     """The whole page.
 
@@ -71,6 +73,7 @@ def render(
         lead: what comes before the tables of each task.
         attacks: records of trials of the protocol "attacks", for the highest success rate of each method.
         published: numbers of others beside those of the records.
+        sheets: files of pictures, by task.
 
     Raises EffaceError for no records, records of different models or protocols, or a comparison that cannot be made."""
     if not records:
@@ -80,7 +83,9 @@ def render(
     parts = [f"# {title or 'Erasures compared'}", _about(records, source), lead or _overview(rows)]
     for task in rows:
         mine = [a for a in tried if a.task == task]
-        parts += [f"## {_heading(task)}", _table(rows[task], mine), ATTACKED if mine else "", _quality(rows[task]), *_failed(rows[task])]
+        shown = [f"![{SHEET}]({sheets[task]})\n\n*{SHEET}; the first prompts of the protocol.*"] if sheets and task in sheets else []
+        tables = [_table(rows[task], mine), ATTACKED if mine else "", _quality(rows[task])]
+        parts += [f"## {_heading(task)}", *shown, *tables, *_failed(rows[task])]
     if pairs:
         parts += ["## Compared", _compared(rows, pairs)]
     if published:

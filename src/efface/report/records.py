@@ -17,7 +17,7 @@ from typing import Any
 
 from efface.bench.log import Log
 from efface.bench.protocols.attacks import NAME
-from efface.bench.run import RECORDS
+from efface.bench.run import EDITS, RECORDS, fitted
 from efface.bench.summary import mean
 from efface.concepts import resolve
 from efface.core.errors import EffaceError
@@ -88,7 +88,7 @@ class Gathered:
     probes: tuple[Mapping[str, Any], ...] = ()
     """The trials that attacks are from, where they are from trials."""
     edits: Mapping[str, Path] = field(default_factory=dict)
-    """The edit's file by the trial's hash, where it is there."""
+    """The edit's file by the trial's hash, where it is there: its own, or that of an attack on the same fit."""
 
 
 def gather(places: Sequence[Path]) -> Gathered:
@@ -97,13 +97,14 @@ def gather(places: Sequence[Path]) -> Gathered:
     Raises EffaceError for a place that is not there or holds nothing, and as `Log.read`."""
     trials: dict[str, Mapping[str, Any]] = {}
     attacks: dict[tuple[str, str, str, str, int], Attacked] = {}
-    edits: dict[str, Path] = {}
     for place in places:
         mine, theirs = _place(place)
         trials |= {record["hash"]: record for record in mine}
         tried = (*theirs, *of_trials(record for record in mine if is_attack(record)))
         attacks |= {(a.task, a.method, a.attack, a.concept, a.seed): a for a in tried}
-        edits |= {path.stem: path for path in sorted((place / "edits").glob("*.safetensors")) if path.stem in trials}
+    files = {path.stem: path for place in places for path in (place / EDITS).glob("*.safetensors")}
+    made = {name: [name, fitted(record["trial"], record["ground"])] for name, record in trials.items()}
+    edits = {name: files[stem] for name, stems in made.items() for stem in stems if stem in files}
     probes, rest = ([record for record in trials.values() if is_attack(record) is probe] for probe in (True, False))
     return Gathered(tuple(rest), tuple(over_fits(attacks.values())), tuple(probes), edits)
 
