@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from benchparts import load
 
 from efface.bench import dry
+from efface.bench.draw import Judges
 from efface.bench.expected import ORIGINAL, beside
-from efface.bench.protocols import registry
+from efface.bench.plan import Plan
+from efface.bench.protocols import artists, registry
+from efface.bench.result import Result
 from efface.bench.run import run
-from efface.bench.trial import read
+from efface.bench.trial import Trial, read
 from efface.concepts.vocabulary import read as world
 from efface.core import catalog
 from efface.core.errors import EffaceError
@@ -38,7 +42,9 @@ def test_each_is_read_says_what_it_takes_and_can_be_cast(path: Path, tmp_path: P
     assert re.search(r"eeds a GPU for about [\d.]+ hours, an estimate:", head)
     assert "TFLOP" in head
     keys = {question.key for trial in asked.trials for question in registry.find(trial.protocol).asks.questions}
+    keys |= {question.key for question in artists.perceptual(lambda x, y: x)} if "artists" in path.stem else set()
     assert asked.expected
+    assert ORIGINAL in {row.method for row in asked.expected} or path.stem == "saeuron_canvas"  # as the README says
     for row in asked.expected:
         assert set(row.values) <= keys
         assert row.method in {ORIGINAL, *(trial.label for trial in asked.trials)}
@@ -81,3 +87,25 @@ def test_a_cast_is_consistent_keeps_what_the_world_knows_and_ends() -> None:
     assert first.targets[2].name in {style.name for style in world().styles}
     with pytest.raises(EffaceError, match="has no stand-in left"):
         cast.task(Task.parse("; ".join(f"style:artist {i}" for i in range(9))))
+
+
+def test_published_lpips_finds_its_line_and_says_at_what_size(tmp_path: Path) -> None:
+    """The expected values of AP's artists, by a distance that is handed in where the package is not installed."""
+    asked = read(FOLDER / "ap_artists.toml")
+    small = dry.sweep(asked, tmp_path)
+
+    def setup(trial: Trial, task: Task) -> tuple[Plan, Judges]:
+        plan, judges = artists.setup(trial.model, task, trial.images, replace(trial.options, lpips=""))
+        questions = [q for q in plan.asks.questions if "LPIPS" not in q.key]
+        measured = replace(plan.asks, questions=(*questions, *artists.perceptual(lambda x, y: (x - y).square().mean((1, 2, 3)))))
+        return replace(plan.only(plan.first(2)), steps=2, asks=measured), judges
+
+    records = run(small.trials[-1:], tmp_path, load=load, setup=setup)
+    rows = {(row.method, row.key): row for row in beside(asked.expected, records)}
+    assert rows["uce", "target.LPIPS"].published == 0.73
+    assert rows["uce", "target.LPIPS"].measured is not None
+    assert rows["ap(preset='authors')", "target.LPIPS"].measured is None  # not run here
+    line = Result.from_json(records[0]["result"]).line("target.LPIPS")
+    assert line is not None
+    height, width = load("tiny").sample(["a"], steps=1).shape[-2:]
+    assert line.contrast.after.name == f"LPIPS ({height}×{width} pixels)"

@@ -1,17 +1,21 @@
 """The impact matrix: what is drawn, what Δ is, what it comes to, the fixed targets, and its picture."""
 
+from dataclasses import dataclass
+
 import pytest
 import torch
 from benchparts import WORLD, Brightness
 
 from efface.bench.draw import Judges, draw
+from efface.bench.options import Options
 from efface.bench.plan import Plan
 from efface.bench.protocols import impact
-from efface.bench.protocols.impact import Cell, Impact, baselines, fitted, measure, plan
+from efface.bench.protocols.impact import Cell, Impact, baselines, fitted, listed, measure, members, plan
 from efface.core import catalog
 from efface.core.errors import EffaceError, InvalidTask
-from efface.core.evidence import Contrast
+from efface.core.evidence import Contrast, Detector, Sighting
 from efface.core.task import Task
+from efface.evals.detectors.imagenet import ImageNet
 from efface.models import tiny
 from efface.report import figures
 
@@ -94,7 +98,8 @@ def test_all_is_measured_on_the_same_noise_and_the_model_is_as_it_was():
     small = Plan(full.name, full.shots, full.seed, 2)
     before = draw(model, small, Judges(Brightness())).samples
     method, targets = catalog.method("uce"), ("ship", "canoe")
-    found = measure(model, fitted(model, method, map(Task.of, targets)), WORLD, groups, plan=small, detector=Brightness(), k=2)
+    neighbours = members(WORLD, groups)
+    found = measure(model, fitted(model, method, map(Task.of, targets)), neighbours, plan=small, detector=Brightness(), k=2)
     assert (found.erased, found.concepts) == (targets, ("sailboat", "ship", "canoe", "speedboat"))
     assert len(found.cells) == 8
     with method.fit(model, Task.of("ship")).attach(model):
@@ -107,4 +112,67 @@ def test_all_is_measured_on_the_same_noise_and_the_model_is_as_it_was():
     again = draw(model, small, Judges(Brightness())).samples
     assert torch.equal(before.images, again.images)
     with pytest.raises(EffaceError, match="no edit was given"):
-        measure(model, [], WORLD, groups, plan=small, detector=Brightness())
+        measure(model, [], neighbours, plan=small, detector=Brightness())
+
+
+@dataclass(frozen=True)
+class Sees(Detector):
+    """Always the same labels in their order."""
+
+    found: tuple[str, ...]
+    name = "sees"
+    version = "1"
+
+    def labels(self, kind="object"):
+        return self.found
+
+    def threshold(self, kind="object"):
+        return 0.0
+
+    def look(self, images, kind="object"):
+        return [Sighting(self.found, tuple(1 / (i + 1) for i in range(len(self.found))), 0.0) for _ in images]
+
+
+FILE = """case_number,prompt,label_str,evaluation_seed
+0,a photo of Church,Church,5
+1,a photo of Church,Church,6
+2,a photo of Monastery,Monastery,7
+3,a photo of Saxophone,Saxophone,8
+4,a photo of Basson,Basson,9
+5,a photo of Cat,Cat,10
+"""
+
+
+def test_a_file_of_classes_is_measured_with_any_model(tmp_path, monkeypatch):
+    """The authors' file, with its slip and with the classes that ResNet-50 has under another name."""
+    judge = Sees(("church", "sax", "bassoon", "cat", "clumber", "monastery"))
+    monkeypatch.setattr(ImageNet, "load", lambda path="": judge)
+    file = tmp_path / "netfive.csv"
+    file.write_text(FILE, encoding="utf-8")
+    found, detector, groups = listed(Options(prompts=str(file), steps=2))
+    assert groups == {"wind instrument": ("bassoon", "saxophone"), "building": ("church", "monastery"), "cat": ("cat",)}
+    assert [(shot.concept, *shot.labels, shot.seed) for shot in found.shots] == [
+        ("church", "church", 5),
+        ("church", "church", 6),
+        ("monastery", "monastery", 7),
+        ("saxophone", "sax", 8),
+        ("bassoon", "bassoon", 9),
+        ("cat", "cat", 10),
+    ]
+    assert found.cases == (0, 1, 2, 3, 4, 5)
+    assert detector is judge
+    model = tiny.model("sd1")
+    matrix = measure(model, fitted(model, catalog.method("uce"), [Task.of("church")]), groups, plan=found, detector=detector)
+    assert matrix.erased == ("church",)
+    assert matrix.concepts == ("bassoon", "saxophone", "church", "monastery", "cat")
+    before = {cell.concept: (cell.contrast.before.value, cell.contrast.before.n) for cell in matrix.cells}
+    assert before == {"bassoon": (1, 1), "saxophone": (1, 1), "church": (1, 2), "monastery": (0, 1), "cat": (1, 1)}  # among the best five
+    with pytest.raises(EffaceError, match="draws a file of prompts, and none was given"):
+        listed(Options())
+
+
+def test_the_papers_groups_are_known_and_no_class_stands_twice():
+    names = [name for group in impact.IMAGENET.values() for name in group]
+    assert len(names) == len(set(names)) == 25
+    assert set(impact.RESNET) <= set(names)
+    assert set(impact.SLIPS.values()) <= set(names)

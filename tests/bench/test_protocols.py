@@ -275,7 +275,10 @@ def test_styles_are_drawn_alike_and_others_must_stay(tmp_path: Path) -> None:
 
 def test_captions_that_name_the_target_are_left_out(tmp_path: Path) -> None:
     file = tmp_path / "coco.csv"
-    file.write_text("image_id,prompt\n7,A cat on a mat.\n8,A catalogue.\n9,A dog and a cat.\n10,A dog.\n", encoding="utf-8")
+    file.write_text(
+        'image_id,prompt\n7,A cat on a mat.\n8,A catalogue.\n9,A dog and a cat.\n10,A dog.\n11,Two CATS.\n12,"A cat, asleep"\n',
+        encoding="utf-8",
+    )
     plan = preservation.listed(task("cat"), "full", Options(prompts=str(file)))
     assert [shot.prompt for shot in plan.shots] == ["A catalogue.", "A dog."]
     assert plan.cases == (8, 10)

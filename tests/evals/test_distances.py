@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import warnings
 from importlib import import_module
 from pathlib import Path
+from urllib.error import URLError
 
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from efface.bench.options import DEFAULT
+from efface.bench.protocols import artists
 from efface.core.errors import EffaceError, MissingExtra
 from efface.core.evidence import Samples, Shot
 from efface.core.sampling import seeded
+from efface.core.task import Task
 from efface.evals.metrics import kid as kernel
 from efface.evals.metrics import lpips
 from efface.evals.metrics.frechet import Frechet
@@ -119,7 +124,7 @@ def test_lpips_is_of_pairs_and_of_its_resolution() -> None:
     assert full.before.value == 0
     assert full.after.value == pytest.approx(float(squares(*(noise[:1].float() / 127.5 - 1, 1 - noise[:1].float() / 127.5))), rel=1e-3)
     assert small.after.value < 0.5 * full.after.value  # shrinking averages noise away
-    assert (full.after.name, small.after.name) == ("LPIPS (full)", "LPIPS (64)")
+    assert (full.after.name, small.after.name) == ("LPIPS (128×128 pixels)", "LPIPS (64×64 pixels)")
     assert Lpips(squares, ("unrelated",)).measure(before, after).after.value == 0
     with pytest.raises(ValueError, match="holds? none; measure again"):
         Lpips(squares).measure(Samples(shots), Samples(shots))
@@ -155,8 +160,26 @@ def test_lpips_trunk_is_filled_from_torchvisions_file(tmp_path: Path) -> None:
         lpips.load("nowhere")
 
 
+class Package:
+    """What `lpips` does where the trunk's weights can be neither found nor downloaded, after it called torchvision in the older way."""
+
+    @staticmethod
+    def LPIPS(**options: object) -> nn.Module:
+        warnings.warn("The parameter 'pretrained' is deprecated", UserWarning, stacklevel=2)
+        raise URLError("no route to host")
+
+
+def test_a_trunk_that_cannot_be_downloaded_is_an_error_and_its_lines_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lpips, "available", lambda: True)
+    monkeypatch.setattr(lpips, "import_module", lambda name: Package)
+    with pytest.raises(EffaceError, match=r"neither found nor downloaded .*no route to host.*; expected torchvision's alexnet-owt"):
+        lpips.load()
+    plan, _ = artists.setup("emoji", Task.of("style:retro"), "quick", DEFAULT)
+    assert any(said.startswith("LPIPS: AlexNet's weights can be neither found") for said in plan.unmeasured)
+    assert not any("LPIPS" in question.key for question in plan.asks.questions)
+
+
 @pytest.mark.skipif(not lpips.available(), reason="lpips or torchvision is not installed")
-@pytest.mark.filterwarnings("ignore")  # of the package's own calls
 def test_lpips_with_a_named_trunk_is_a_distance(tmp_path: Path) -> None:
     alexnet = import_module("torchvision.models").alexnet(weights=None)
     torch.save(alexnet.state_dict(), tmp_path / "alexnet.pth")

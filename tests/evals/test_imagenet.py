@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
+from urllib.error import URLError
 
 import pytest
 import torch
@@ -68,6 +70,17 @@ def test_the_version_follows_the_weights() -> None:
 def test_without_torchvision_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(imagenet, "find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match=r"pip install -e '.\[metrics\]'"):
+        ImageNet.load()
+
+
+def test_weights_that_cannot_be_downloaded_say_what_to_give(monkeypatch: pytest.MonkeyPatch) -> None:
+    def offline(weights: object) -> nn.Module:
+        raise URLError("no route to host")
+
+    models = SimpleNamespace(resnet50=offline, ResNet50_Weights=SimpleNamespace(IMAGENET1K_V2=None))
+    monkeypatch.setattr(imagenet, "find_spec", lambda name: object())
+    monkeypatch.setattr(imagenet, "import_module", lambda name: models)
+    with pytest.raises(EffaceError, match=r"neither found nor downloaded .*no route to host.*; expected torchvision's resnet50-11ad3fa6"):
         ImageNet.load()
 
 

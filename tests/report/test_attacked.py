@@ -85,5 +85,6 @@ def test_a_folder_of_a_sweep_feeds_the_site_with_both(run: Run, tmp_path: Path) 
     assert (one.fits, one.success and one.success.value, one.name) == (2, 0.5, "seed_search")
     assert worst(found.attacks) is one
     html = pages.render(Site(found, "", ""))
-    assert "50.0 %<small>seed_search</small>" in html["index.html"]
+    low, high = (100 * end for end in (one.success.low, one.success.high))
+    assert f">50.0 %</span><small>{low:.1f} to {high:.1f}</small><small>seed_search</small>" in html["index.html"]
     assert WEAK in html["methods/uce.html"]

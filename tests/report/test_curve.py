@@ -125,7 +125,7 @@ def test_a_sweep_of_nested_tasks_writes_its_figure_beside_its_page(run: Run, tmp
     grid.write_text(GRID.format(tasks=tasks), encoding="utf-8")
     asked = read(grid)
     known = {trial.hash: {**record(made(run, 30, 3), trial.label, 0, trial.task), "hash": trial.hash} for trial in asked.trials}
-    sweep.write(page, asked, known)
+    sweep.write(page, asked, known, {})
     text = page.read_text(encoding="utf-8")
     assert sorted(path.name for path in page.parent.iterdir()) == ["many.md", *(["many.svg"] if curved else [])]
     assert ("(many.svg)" in text) == ("## Against the number of erased concepts" in text) == curved

@@ -9,6 +9,7 @@ from pathlib import Path, PurePosixPath
 
 import pytest
 
+from efface.bench.expected import Expected
 from efface.core import catalog
 from efface.core.errors import EffaceError
 from efface.report import pages, wording
@@ -103,6 +104,59 @@ def test_methods_stand_by_the_weaker_side_and_controls_on_no_front(site: Site) -
     assert {m.label: m.kind for m in site.methods}[CONTROL] == "control"
 
 
+def test_every_number_has_its_n(made: dict[str, Reader], raw: dict[str, str]) -> None:
+    """In the figure's axes, in the heads of tables, and under the pointer."""
+    index = raw["index.html"]
+    assert "target no longer seen (ESR-1), % of 40 pictures" in index
+    assert "all else still seen (PSR-1), % of" in index
+    assert re.search(r"ESR\u20111<small>n = 40</small>", "".join(index.split("\n")))
+    assert re.search(r'class="erased best" title="50.0 % \([^)]+\), 40 pictures">50<', index)
+    assert "n = 40" in text(made["methods/ap.html"])
+    assert "n =" not in text(made["methods/rece.html"])  # not measured
+
+
+def test_pictures_may_differ_in_number_from_task_to_task(run: Run) -> None:
+    records = [trial(run, "uce", 20, 0), trial(run, "uce", 20, 0, task="dog")]
+    site = Site(Gathered(tuple(records)), "", "")
+    assert site.counts("uce")[0] == "40"
+    assert site.counts("rece") == [""] * 4
+    for line in records[1]["result"]["lines"]:
+        line["contrast"]["before"]["n"] = 60
+    assert Site(Gathered(tuple(records)), "", "").counts("uce")[0] == "40 to 60"
+
+
+def test_a_name_that_means_several_things_says_for_which_tasks(run: Run) -> None:
+    cat, dog, other = trial(run, "esd", 20, 0), trial(run, "esd(group='noxattn')", 20, 0, task="dog"), trial(run, "uce", 2, 0)
+    dog["trial"]["label"] = "esd"
+    site = Site(Gathered((cat, dog, other)), "", "")
+    assert site.spelled == {
+        "esd": [("esd", ("object: cat",)), ("esd(group='noxattn')", ("object: dog",))],
+        "uce": [("uce", ("object: cat",))],
+    }
+    words = text(Reader(pages.render(site)["index.html"]))
+    assert "esd(group='noxattn') object: dog" in words
+
+
+def test_the_controls_are_told_apart_and_groups_are_put_into_words(run: Run) -> None:
+    names = ("efface.bench.controls:Noop", "efface.bench.controls:Vandal")
+    made = pages.render(Site(Gathered(tuple(trial(run, name, 1, 1) for name in names)), "", ""))
+    noop, vandal = (text(Reader(made[f"methods/efface.bench.controls-{name}.html"])) for name in ("Noop", "Vandal"))
+    assert "Noop Changes nothing." in noop
+    assert "Vandal Random weights" in vandal
+    assert "Controls" not in text(Reader(made["index.html"]))
+    assert "xattn (the cross-attention)" in noop
+    assert pages.groups("xattn, theirs") == "xattn (the cross-attention), theirs"
+
+
+def test_published_stands_beside_measured_with_what_its_line_means(found: Gathered) -> None:
+    row = Expected.of({"method": "uce", "values": {"target.ESR-1": [98.6, 1.1]}, "source": "a table"}, ("uce",), "here")
+    made = pages.render(Site(found, "", "", expected=(row,)))
+    for path in ("index.html", "methods/uce.html"):
+        words = text(Reader(made[path]))
+        assert re.search(r"Target no longer seen \(ESR-1\) ?target.ESR-1 ?98.60 ± 1.10 ?50.00 ?a table", words)
+    assert "a table" not in made["methods/ap.html"]
+
+
 def test_attacks_stand_with_their_control_and_refusals_say_why(site: Site, made: dict[str, Reader]) -> None:
     ((heading, panels),) = site.attacked
     assert heading == "object: cat"
@@ -111,6 +165,8 @@ def test_attacks_stand_with_their_control_and_refusals_say_why(site: Site, made:
     assert refused.refused == {"it would attack the un-erased model": ("ap(steps=50)", "uce")}
     assert "Not run on ap(steps=50), uce: it would attack the un-erased model" in text(made["index.html"])
     assert "75.0 %" in text(made["methods/ap.html"])
+    assert search.counts == "16"
+    assert "seed_search T2 16 prompts" in text(made["index.html"])
     worst = {m.label: m.worst.success.value for m in site.methods if m.worst}
     assert worst == {"uce": 0.25, "ap(steps=50)": 0.75}
 

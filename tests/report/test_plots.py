@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import math
 import random
 import re
 from xml.etree import ElementTree
@@ -45,6 +47,47 @@ def test_a_control_is_no_part_of_the_front_and_equals_share_it() -> None:
     points = [point("vandal", 1, 0.01, "control"), point("a", 0.9, 0.9), point("b", 0.9, 0.9), point("c", 0.9, 0.8)]
     assert [p.label for p in front(points)] == ["a", "b"]
     assert front([]) == []
+
+
+def test_what_erases_no_more_than_the_un_erased_model_is_on_no_front() -> None:
+    idle, first, better = point("idle", 0.03, 1.0), point("a", 0.5, 0.9), point("b", 0.9, 0.8)
+    assert [p.label for p in front([idle, first, better], 0.03)] == ["a", "b"]
+    assert [p.label for p in front([idle, first, better])] == ["idle", "a", "b"]  # the control
+    (svg,) = scatter([idle, first, better], TITLES, share(1.0), 0.03)
+    corners = re.search(r'polyline class="front" points="([^"]+)"', svg)
+    assert corners
+    assert min(float(pair.split(",")[1]) for pair in corners[1].split()) == pytest.approx(_spots(svg)[1][1], abs=0.1)
+
+
+def test_the_corner_is_as_tight_as_most_of_its_points_allow() -> None:
+    """One that lags behind does not spread the axes of all."""
+    near, lags, far = cloud(8, low=0.93), point("lags", 0.97, 0.74), point("far", 0.05, 0.9)
+    whole, part = scatter([*near, lags, far], TITLES)
+    assert set(re.findall(r'class="label [^>]*>([^<]+)<', whole)) == {"lags", "far"}
+    ticks = [int(t) for t in re.findall(r'class="tick"[^>]*>(\d+)<', part)]
+    assert min(ticks) >= 90
+    _, wide = scatter([*near[:3], *(point(f"low_{i}", 0.75 + 0.01 * i, 0.8) for i in range(6)), far], TITLES)
+    assert min(int(t) for t in re.findall(r'class="tick"[^>]*>(\d+)<', wide)) <= 75  # the control
+
+
+def _spots(svg: str) -> list[tuple[float, float]]:
+    return [(float(x), float(y)) for x, y in re.findall(r'<circle cx="([\d.]+)" cy="([\d.]+)"', svg)]
+
+
+def test_a_label_is_nearer_to_its_point_than_to_any_other() -> None:
+    """A stack of points at 100 %, as sweeps have them: no name stands under another's point."""
+    names = ("age", "ap(preset='authors')", "degeneration_tuning", "kpop", "rece")
+    stack = [point(name, 1.0, y) for name, y in zip(names, (0.986, 0.986, 0.972, 0.922, 0.76), strict=True)]
+    crowd = [*stack, *cloud(9, low=0.9, seed=3), point("far", 0.03, 0.98)]
+    _, svg = scatter(crowd, TITLES)
+    shown = [p for p in crowd if p.y.value >= 0.9 and p.x.value >= 0.9]
+    spots = dict(zip((p.label for p in shown), _spots(svg), strict=True))
+    labels = re.findall(r'<text class="label [^"]*" x="([\d.]+)" y="([\d.]+)"[^>]*>([^<]+)<', svg)
+    for x, y, name in ((float(x), float(y) - 4, html.unescape(name)) for x, y, name in labels):
+        half = plots.LETTER * len(name) / 2
+        gaps = {other: math.dist((min(max(at[0], x - half), x + half), min(max(at[1], y - 7), y + 7)), at) for other, at in spots.items()}
+        alike = [other for other, at in spots.items() if math.dist(at, spots[name]) < 1]
+        assert min(gaps[other] for other in alike) <= min(gaps.values()) + 1, name
 
 
 def test_points_stand_where_their_numbers_say() -> None:

@@ -24,6 +24,30 @@ def result(run: Run, task: str = "cat", **lines: tuple[float, float]) -> Result:
     return replace(run.result, task=task, lines=tuple(Line(keys[k], k, "", contrast(*v)) for k, v in lines.items()))
 
 
+@pytest.mark.parametrize(
+    ("value", "around", "expected"),
+    [
+        (98.63, 1.15, "98.63 ± 1.15"),
+        (0.0236, None, "0.0236"),
+        (0.158, None, "0.158"),
+        (0.78, None, "0.78"),
+        (0.3, 0.0, "0.30 ± 0.00"),
+        (0.0, None, "0.00"),
+        (16.690001, None, "16.69"),
+        (None, None, "not measured"),
+    ],
+)
+def test_published_numbers_keep_their_digits(value: float | None, around: float | None, expected: str) -> None:
+    """Boxes per picture lie far below 1: MACE's 0.0236 and SPEED's 0.0240 were both "0.02"."""
+    assert wording.spread(value, around) == expected
+
+
+def test_a_minus_is_one_whatever_the_unit() -> None:
+    for unit, expected in (("CLIP", "−3.3, −5.6 to −1.5"), ("LPIPS", "−3.300, −5.600 to −1.500"), ("points", "−330.0, −560.0 to −150.0")):
+        score = Score("x", -3.3, -5.6, -1.5, 60, unit=unit)
+        assert f"{wording.value(score)}, {wording.interval(score)}" == expected
+
+
 def test_values() -> None:
     share = Score("x", 0.98333, 0.911, 0.9971, 60)
     assert (wording.value(share), wording.interval(share), wording.count(share)) == ("98.3 %", "91.1 to 99.7", "60")

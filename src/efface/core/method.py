@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_type_hints
 
 from torch import Tensor
 
@@ -20,6 +20,7 @@ from efface.core.edit import Edit
 from efface.core.errors import InvalidMethod, Unsupported
 from efface.core.model import Model
 from efface.core.task import Task
+from efface.core.typed import typed
 
 Keep = Literal["preserved", "candidates", "measured only"]
 
@@ -167,12 +168,14 @@ class Method(ABC):
             raise InvalidMethod(
                 f"{cls.name()} has no preset {preset!r}; {suggest(str(preset), cls.presets) if cls.presets else 'it has none'}"
             )
-        known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        known, hints = {f.name: f for f in dataclasses.fields(cls)}, get_type_hints(cls)  # type: ignore[arg-type]
         for key, value in fields.items():
             if key not in known:
                 raise InvalidMethod(f"{cls.name()} has no field {key!r}; {suggest(key, known)}")
-            if type(value) is int and str(known[key].type).startswith("float"):
-                fields[key] = float(value)  # `eta=2` is meant as 2.0
+            try:
+                fields[key] = typed(value, hints[key])
+            except TypeError as error:
+                raise InvalidMethod(f"{cls.name()}'s {key} was {value!r}; expected {inspect.formatannotation(hints[key])}") from error
         return cls(**{**(cls.presets[preset] if preset else {}), **fields})
 
     def __str__(self) -> str:

@@ -382,7 +382,7 @@ def attack(text: str | Search) -> Search:
         try:
             fields[key] = typed(value, hints[key])
         except TypeError as error:
-            raise InvalidAttack(f"{name}'s {key} was {value!r}; expected {known[key].type}") from error
+            raise InvalidAttack(f"{name}'s {key} was {value!r}; expected {inspect.formatannotation(hints[key])}") from error
     return cls(**{**(cls.presets[preset] if preset else {}), **fields})
 
 

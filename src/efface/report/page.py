@@ -112,7 +112,7 @@ class View:
     def cost(self) -> list[tuple[str, str]]:
         """What the fit spent, and the measurement, in words."""
         names = {"seconds": "Seconds of fitting", "forwards": "Samples through the denoiser", "calls": "Calls of the denoiser"}
-        names |= {"backwards": "Samples of backward", "peak_bytes": "Peak memory, bytes"}
+        names |= {"backwards": "Samples of backward"}
         rows = [
             (names.get(name, name), f"{value:,.1f}" if name == "seconds" else f"{value:,.0f}") for name, value in self.card.cost.items()
         ]
@@ -170,7 +170,7 @@ def environment() -> Environment:
     found = Environment(
         loader=PackageLoader("efface.report"), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    found.filters |= {"value": wording.value, "interval": wording.interval, "count": wording.count}
+    found.filters |= {"value": wording.value, "interval": wording.interval, "count": wording.count, "number": wording.number}
     return found
 
 

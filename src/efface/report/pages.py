@@ -22,6 +22,19 @@ from efface.report.published import published
 from efface.report.rows import COST, alike
 from efface.report.site import SHORT, Site, slug
 
+GROUPS = {
+    "xattn": "the cross-attention",
+    "xattn_matching": "the cross-attention without its output maps",
+    "text_kv": "the cross-attention's maps of the text to keys and values",
+    "attn": "all attention",
+    "selfattn": "the self-attention",
+    "noxattn": "everything but the cross-attention, the time embedding and the output",
+    "notime": "everything but the time embedding and the output",
+    "full": "the whole denoiser",
+    "text_encoder": "the text encoder",
+}
+"""Parameter groups in words, for readers who have not met them."""
+
 
 def write(site: Site, folder: Path) -> None:
     """Writes the pages into a folder, which `pictures/` may already lie in. Raises as `render`."""
@@ -37,7 +50,7 @@ def render(site: Site) -> dict[str, str]:
     alike(site.found.trials, site.found.probes)
     env = environment()
     env.filters |= {"number": wording.number, "bytes": wording.size, "heading": wording.heading}
-    env.filters |= {"slug": slug, "flowing": flowing, "inline": inline, "code": is_code}
+    env.filters |= {"groups": groups, "slug": slug, "flowing": flowing, "inline": inline, "code": is_code}
     env.globals |= {"short": SHORT, "costs": COST, "reading": leaderboard.READING, "plots": plots, "spread": wording.spread}
     env.globals["compares"] = leaderboard.BESIDE
     env.globals["today"] = date.today().isoformat()
@@ -47,6 +60,11 @@ def render(site: Site) -> dict[str, str]:
         shared: dict[str, Any] = {"site": site, "root": "../", "name": name, "about": site.profiles[name], "published": published()}
         pages[f"methods/{slug(name)}.html"] = template.render(**shared)
     return pages
+
+
+def groups(trained: str) -> str:
+    """What a method trains, by the names of its groups and, where we know it, in words: "xattn (the cross-attention)"."""
+    return ", ".join(f"{name} ({GROUPS[name]})" if name in GROUPS else name for name in trained.split(", "))
 
 
 def inline(text: str) -> Markup:

@@ -13,15 +13,21 @@ from html import escape
 from efface.core.evidence import Score
 from efface.report import wording
 
-WIDTH, HEIGHT = 620, 450
-LEFT, RIGHT, TOP, BOTTOM = 58, 18, 16, 46
-LETTER, LINE = 6.4, 14.0
-"""Width and height of a letter in a label, in units of the view box; a guess on the large side."""
+WIDTH, HEIGHT = 600, 450
+LEFT, RIGHT, TOP, BOTTOM = 54, 62, 16, 46
+"""Of the view box; to the right there is room for the labels of whatever stands at 100 %."""
+LETTER, LINE, SPACE = 6.4, 14.0, 6.0
+"""Width and height of a letter in a label, in units of the view box, a guess on the large side; and what two labels leave between them."""
 RADIUS = 5.0
 NEAR = 12.0
 """Up to this far from its point a label needs no leader."""
-CORNER, CROWD, FAR = 0.7, 3, 55.0
-"""From how many points of at least this share in both on, the corner is enlarged, where an axis begins below `FAR` per cent."""
+CROWDED = 60.0
+"""Marks nearer than this take each other's room."""
+ROUNDS = 4
+"""How often labels are placed, each time around where the others stand by then."""
+CORNERS, CROWD, FAR, MOST = (0.9, 0.8, 0.7), 3, 55.0, 2 / 3
+"""The corner is enlarged from `CROWD` points of at least the last of these shares in both on, where an axis begins below `FAR` per cent;
+and by the first share that keeps `MOST` of them."""
 KINDS = {
     "weight": "change of weights",
     "low-rank": "adapter",
@@ -33,6 +39,8 @@ KINDS = {
 """The classes of points, in words."""
 
 Spot = tuple[float, float]
+Box = tuple[float, float, float, float]
+"""Left, upper, right and lower end."""
 
 
 @dataclass(frozen=True)
@@ -66,11 +74,12 @@ class Frame:
         return LEFT + across * (WIDTH - LEFT - RIGHT), HEIGHT - BOTTOM - up * (HEIGHT - TOP - BOTTOM)
 
 
-def front(points: Sequence[Point]) -> list[Point]:
+def front(points: Sequence[Point], least: float = -1.0) -> list[Point]:
     """The Pareto front by point estimates, by rising x: no other method is at least as good in both and better in one.
 
-    Controls are no part of it: whoever destroys everything is hard to beat at erasing."""
-    methods = [p for p in points if p.kind != "control"]
+    Controls are no part of it: whoever destroys everything is hard to beat at erasing. Nor is a method whose x is not above `least`, that
+    of the un-erased model: whoever erases nothing is hard to beat at keeping."""
+    methods = [p for p in points if p.kind != "control" and p.x.value > least]
 
     def beaten(p: Point) -> bool:
         return any(q.x.value >= p.x.value and q.y.value >= p.y.value and (q.x.value > p.x.value or q.y.value > p.y.value) for q in methods)
@@ -88,20 +97,25 @@ class Titles:
     y: str
 
 
-def scatter(points: Sequence[Point], titles: Titles, original: Score | None = None) -> list[str]:
+def scatter(points: Sequence[Point], titles: Titles, original: Score | None = None, least: float = -1.0) -> list[str]:
     """One figure; or two, where points crowd in the upper right while others lie far off: the whole, and that corner enlarged.
 
     Args:
-        original: what the un-erased model shows of everything else, drawn as a line. It stands at no x, since it erases nothing."""
+        original: what the un-erased model shows of everything else, drawn as a line. It stands at no x, since it erases nothing.
+        least: as in `front`."""
+    best = front(points, least)
     whole = Frame(_range([p.x for p in points]), _range([*(p.y for p in points), *([original] if original else [])]))
-    corner = [p for p in points if min(p.x.value, p.y.value) >= CORNER]
-    if len(corner) < CROWD or len(corner) == len(points) or min(whole.x[0], whole.y[0]) > FAR:
-        return [_figure(points, points, whole, titles, original)]
+    sides = [min(p.x.value, p.y.value) for p in points]
+    crowd = sum(side >= CORNERS[-1] for side in sides)
+    if crowd < CROWD or crowd == len(points) or min(whole.x[0], whole.y[0]) > FAR:
+        return [_figure(points, points, whole, titles, original, best)]
+    least = next(share for share in CORNERS if sum(side >= share for side in sides) >= MOST * crowd)
+    corner = [p for p, side in zip(points, sides, strict=True) if side >= least]
     part = Frame(_range([p.x for p in corner]), _range([p.y for p in corner]))
     corner = [p for p in points if part.holds(p)]
     far = [p for p in points if p not in corner]
     enlarged = Titles(f"{titles.name}: the corner enlarged", titles.x, titles.y)
-    return [_figure(points, far, whole, titles, original, part), _figure(corner, corner, part, enlarged, original, beaten_by=points)]
+    return [_figure(points, far, whole, titles, original, best, part), _figure(corner, corner, part, enlarged, original, best)]
 
 
 def _figure(
@@ -110,17 +124,17 @@ def _figure(
     frame: Frame,
     titles: Titles,
     original: Score | None,
+    best: Sequence[Point],
     part: Frame | None = None,
-    beaten_by: Sequence[Point] | None = None,
 ) -> str:
-    """One frame. `part` is outlined in it; the front is that of `beaten_by`."""
+    """One frame. `best` is the front, which may lie outside; `part` is outlined in it."""
     spots = [frame.spot(p.x.value, p.y.value) for p in points]
     parts = [
         f'<svg class="scatter" role="img" aria-label="{escape(titles.name)}" viewBox="0 0 {WIDTH} {HEIGHT}">',
         *_axes(frame, titles.x, titles.y),
         _original(frame, original) if original else "",
         _outline(frame, part) if part else "",
-        _front(frame, beaten_by or points),
+        _front(frame, best),
         *(_cross(frame, p) for p in points),
         *(_mark(p, spot) for p, spot in zip(points, spots, strict=True)),
         *_labels([(p, spot) for p, spot in zip(points, spots, strict=True) if p in labelled], spots),
@@ -132,7 +146,7 @@ def _figure(
 def _range(scores: Sequence[Score]) -> tuple[float, float]:
     """From a round number below the smallest value to a little above 100: intervals may run out at the lower end."""
     low = min((100 * score.value for score in scores), default=0.0)
-    low = max(0.0, 10 * math.floor((low - 3) / 10))
+    low = max(0.0, 5 * math.floor((low - 1) / 5))
     return low - 0.02 * (100 - low), 100 + 0.03 * (100 - low)
 
 
@@ -167,9 +181,8 @@ def _original(frame: Frame, score: Score) -> str:
     return f'<line class="original" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{at:.1f}" y2="{at:.1f}"/>'
 
 
-def _front(frame: Frame, points: Sequence[Point]) -> str:
+def _front(frame: Frame, best: Sequence[Point]) -> str:
     """A staircase: whatever lies below and left of it is beaten by a method on it."""
-    best = front(points)
     if not best:
         return ""
     corners = [(frame.x[0] / 100, best[0].y.value)]
@@ -209,25 +222,38 @@ def shape(kind: str, x: float, y: float, r: float = RADIUS) -> str:
 
 def _labels(points: Sequence[tuple[Point, Spot]], marks: Sequence[Spot]) -> Iterator[str]:
     """Labels that avoid the marks and each other as well as they can, those with the least room first."""
-    boxes = [(x - RADIUS, y - RADIUS, x + RADIUS, y + RADIUS) for x, y in marks]
-    crowd = {p: sum(math.dist(spot, other) < 60 for other in marks) for p, spot in points}
-    for p, (x, y) in sorted(points, key=lambda each: (-crowd[each[0]], each[1])):
-        box = min(_places(x, y, LETTER * len(p.label)), key=lambda place, at=(x, y): _cost(place, boxes, at))  # type: ignore[misc]
-        boxes.append(box)
-        middle = ((box[0] + box[2]) / 2, (box[1] + box[3]) / 2)
-        edge = (min(max(x, box[0]), box[2]), min(max(y, box[1]), box[3]))
-        if math.dist(edge, (x, y)) > NEAR:
-            yield f'<line class="leader" x1="{x:.1f}" y1="{y:.1f}" x2="{edge[0]:.1f}" y2="{edge[1]:.1f}"/>'
-        text = f'<text class="label {p.kind}" x="{middle[0]:.1f}" y="{middle[1] + 4:.1f}" text-anchor="middle">{escape(p.label)}</text>'
+    crowd = {p: sum(math.dist(spot, other) < CROWDED for other in marks) for p, spot in points}
+    ordered = sorted(points, key=lambda each: (-crowd[each[0]], each[1]))
+    placed: dict[Point, Box] = {}
+    for _ in range(ROUNDS):
+        for p, at in ordered:
+            others = [(box, spot) for other, spot in ordered if other is not p and (box := placed.get(other))]
+            placed[p] = _place(at, LETTER * len(p.label) + SPACE, marks, others)
+    for p, at in ordered:
+        box = placed[p]
+        edge = _edge(box, at)
+        if math.dist(edge, at) > NEAR:
+            yield f'<line class="leader" x1="{at[0]:.1f}" y1="{at[1]:.1f}" x2="{edge[0]:.1f}" y2="{edge[1]:.1f}"/>'
+    for p, _ in ordered:
+        x, y = ((placed[p][0] + placed[p][2]) / 2, (placed[p][1] + placed[p][3]) / 2)
+        text = f'<text class="label {p.kind}" x="{x:.1f}" y="{y + 4:.1f}" text-anchor="middle">{escape(p.label)}</text>'
         yield _linked(p, text)
 
 
-Box = tuple[float, float, float, float]
+def _place(at: Spot, width: float, marks: Sequence[Spot], others: Sequence[tuple[Box, Spot]]) -> Box:
+    """The place of least cost."""
+    best, least = (at[0], at[1], at[0], at[1]), math.inf
+    for box in _places(*at, width):
+        if math.dist(_edge(box, at), at) < least:  # its distance alone costs as much
+            cost = _cost(box, at, marks, others)
+            if cost < least:
+                best, least = box, cost
+    return best
 
 
 def _places(x: float, y: float, width: float) -> Iterator[Box]:
     """Where a label may stand, the best first: right, left, above, below, then further out."""
-    for gap in (8.0, 16.0, 28.0, 42.0, 58.0, 76.0, 96.0):
+    for gap in (8.0, 16.0, 28.0, 42.0, 58.0, 76.0, 96.0, 120.0):
         for turn in (0, 8, 4, 12, 2, 6, 14, 10, 1, 7, 15, 9, 3, 5, 13, 11):
             angle = -2 * math.pi * turn / 16
             cx = x + math.cos(angle) * (gap + width / 2)
@@ -235,13 +261,41 @@ def _places(x: float, y: float, width: float) -> Iterator[Box]:
             yield cx - width / 2, cy - LINE / 2, cx + width / 2, cy + LINE / 2
 
 
-def _cost(box: Box, taken: Sequence[Box], at: Spot) -> float:
-    """Overlap with what is there and with the frame's outside, and a little for the distance."""
-    overlap = sum(
-        max(0.0, min(box[2], other[2]) - max(box[0], other[0])) * max(0.0, min(box[3], other[3]) - max(box[1], other[1])) for other in taken
-    )
+def _cost(box: Box, at: Spot, marks: Sequence[Spot], others: Sequence[tuple[Box, Spot]]) -> float:
+    """Overlap with marks, labels and the outside; leaders that cross; marks that are nearer than the label's own; and the distance."""
+    edge = _edge(box, at)
+    own = math.dist(edge, at)
+    taken = [*((x - RADIUS, y - RADIUS, x + RADIUS, y + RADIUS) for x, y in marks), *(other for other, _ in others)]
     outside = max(0.0, LEFT + 2 - box[0]) + max(0.0, box[2] - WIDTH + 2) + max(0.0, 2 - box[1]) + max(0.0, box[3] - HEIGHT + BOTTOM)
-    return 10 * overlap + 1000 * outside + math.dist(((box[0] + box[2]) / 2, (box[1] + box[3]) / 2), at)
+    foreign = [mark for mark in marks if mark != at]
+    nearer = sum(math.dist(_edge(box, mark), mark) < own + 2 for mark in foreign)
+    touched = sum(_gap(at, edge, mark) < RADIUS + 1 for mark in foreign) if own > NEAR else 0
+    crossed = sum(_meets(other, at, edge) for other, _ in others) + sum(_meets(box, spot, _edge(other, spot)) for other, spot in others)
+    return 10 * sum(_overlap(box, each) for each in taken) + 1000 * outside + 30 * nearer + 60 * touched + 40 * crossed + own
+
+
+def _overlap(one: Box, other: Box) -> float:
+    return max(0.0, min(one[2], other[2]) - max(one[0], other[0])) * max(0.0, min(one[3], other[3]) - max(one[1], other[1]))
+
+
+def _edge(box: Box, at: Spot) -> Spot:
+    """The point of a box nearest to a spot."""
+    return min(max(at[0], box[0]), box[2]), min(max(at[1], box[1]), box[3])
+
+
+def _gap(start: Spot, end: Spot, spot: Spot) -> float:
+    """How far a spot lies from a line between two others."""
+    along = (end[0] - start[0], end[1] - start[1])
+    length = along[0] ** 2 + along[1] ** 2
+    share = ((spot[0] - start[0]) * along[0] + (spot[1] - start[1]) * along[1]) / length if length else 0.0
+    share = min(max(share, 0.0), 1.0)
+    return math.dist(spot, (start[0] + share * along[0], start[1] + share * along[1]))
+
+
+def _meets(box: Box, start: Spot, end: Spot) -> bool:
+    """Whether a leader from `start` to `end` runs through a box."""
+    steps = [(start[0] + share * (end[0] - start[0]), start[1] + share * (end[1] - start[1])) for share in (0.2, 0.4, 0.6, 0.8)]
+    return any(box[0] < x < box[2] and box[1] < y < box[3] for x, y in steps)
 
 
 def _linked(p: Point, inside: str) -> str:

@@ -128,8 +128,17 @@ def is_code(paragraph: str) -> bool:
 def _taken_apart(cls: type[Method]) -> tuple[str, str, list[str]]:
     """(title, idea, the other paragraphs) of a card; the class's own first line where the module has none."""
     first, *rest = [part.strip("\n") for part in re.split(r"\n\s*\n", card(cls))]
+    if _shares_its_card(cls):
+        return cls.__name__, _sentence(inspect.cleandoc(cls.__doc__ or cls.__name__).partition("\n\n")[0]), rest
     head, _, idea = flowing(first).partition(": ")
     return _sentence(head.partition(",")[0].removeprefix("The ").strip()), _sentence(idea or head), rest
+
+
+def _shares_its_card(cls: type[Method]) -> bool:
+    """Whether its module holds several methods, as that of the controls does."""
+    module = inspect.getmodule(cls)
+    found = [each for each in vars(module).values() if inspect.isclass(each) and issubclass(each, Method) and not inspect.isabstract(each)]
+    return sum(each.__module__ == cls.__module__ for each in found) > 1
 
 
 def card(cls: type[Method]) -> str:

@@ -97,6 +97,11 @@ class Panel:
     refused: Mapping[str, tuple[str, ...]]
     """Labels by the reason why the attack was not run on them."""
 
+    @property
+    def counts(self) -> str:
+        """How many prompts each rate rests on: "16", or "14 to 16"."""
+        return _span([a.success.n for _, _, a in self.rows if a.success])
+
 
 @dataclass(frozen=True)
 class Measured:
@@ -167,9 +172,25 @@ class Site:
         return attacked | {row.text: row.label for some in self.rows.values() for row in some}
 
     @cached_property
+    def spelled(self) -> dict[str, list[tuple[str, tuple[str, ...]]]]:
+        """For each label the methods in full that go by it, each with its tasks: a preset may differ with the kind of concept."""
+        tasks = [(row.text, wording.heading(task)) for task, some in self.rows.items() for row in some]
+        tasks += [(a.method, wording.heading(a.task)) for a in self.found.attacks]
+        found: dict[str, list[tuple[str, tuple[str, ...]]]] = {}
+        for text, label in self.labels.items():
+            found.setdefault(label, []).append((text, tuple(dict.fromkeys(where for other, where in tasks if other == text))))
+        return found
+
+    @cached_property
     def beside(self) -> list[Beside]:
         """Published numbers beside measured ones."""
         return beside(self.expected, self.found.trials)
+
+    @cached_property
+    def titles(self) -> dict[str, str]:
+        """What a line is called, by its key."""
+        results = [result for some in self.rows.values() for row in some for result in row.results[:1]]
+        return {line.key: line.title for result in results for line in (*result.quality, *result.lines)}
 
     def beside_of(self, name: str) -> list[Beside]:
         """Those of a method, under those of the un-erased model."""
@@ -204,7 +225,8 @@ class Site:
     def _cell(self, task: str, row: Row | None) -> Cell:
         if row is None or not row.results:
             return Cell()
-        best = any(p.label == row.label for p in plots.front(_points(self.rows[task])))
+        original = row.before(ERASED)
+        best = any(p.label == row.label for p in plots.front(_points(self.rows[task]), original.value if original else -1.0))
         return Cell(row.after(ERASED), row.after(KEPT), best)
 
     @cached_property
@@ -236,6 +258,12 @@ class Site:
         """What was measured of a method, task by task."""
         mine = {task: [row for row in some if row.method == name] for task, some in self.rows.items()}
         return [_measured(task, some) for task, some in mine.items() if some]
+
+    def counts(self, name: str) -> list[str]:
+        """How many pictures the short table of a method rests on, column by column: "120", or "60 to 120" where its tasks differ; "" for
+        what was not measured."""
+        rows = [one.original for one in self.measured(name) if one.original]
+        return [_span([score.n for row in rows if (score := row[i])]) for i in range(len(SHORT))]
 
     def attacks_on(self, name: str) -> list[tuple[str, str, Attacked]]:
         """(heading of the task, label, what came out) of a method."""
@@ -281,6 +309,11 @@ class Site:
         return any(record["trial"]["model"] == "emoji" for record in self.found.trials)
 
 
+def _span(counts: Sequence[int]) -> str:
+    """ "120", "60 to 120"; "" for none."""
+    return " to ".join(str(n) for n in dict.fromkeys((min(counts), max(counts)))) if counts else ""
+
+
 def slug(name: str) -> str:
     """A method's name as that of a file."""
     return "".join(letter if letter.isalnum() or letter in "_-." else "-" for letter in name)
@@ -314,9 +347,11 @@ def _erasure(task: str, rows: Sequence[Row]) -> Erasure:
     before = (erased, kept) if erased and kept else None
     if before:
         titles = plots.Titles(
-            f"Erasure against preservation, {wording.heading(task)}", "target no longer seen (ESR-1), %", "all else still seen (PSR-1), %"
+            f"Erasure against preservation, {wording.heading(task)}",
+            f"target no longer seen (ESR-1), % of {before[0].n} pictures",
+            f"all else still seen (PSR-1), % of {before[1].n} pictures",
         )
-        figure = plots.scatter(_points(rows), titles, before[1])
+        figure = plots.scatter(_points(rows), titles, before[1], before[0].value)
     return Erasure(task, wording.heading(task), tuple(figure), columns, original, lines, before)
 
 

@@ -29,8 +29,8 @@ def value(score: Score) -> str:
     if score.unit == "share":
         return f"{100 * score.value:.1f} %"
     if score.unit in TENTHS:
-        return f"{score.value:.1f}"
-    return signed(score.value) if score.unit == "points" else f"{score.value:.3f}"
+        return _minus(f"{score.value:.1f}")
+    return signed(score.value) if score.unit == "points" else _minus(f"{score.value:.3f}")
 
 
 def interval(score: Score) -> str:
@@ -40,7 +40,12 @@ def interval(score: Score) -> str:
     if score.unit == "points":
         return f"{signed(score.low)} to {signed(score.high)}"
     digits = 1 if score.unit in TENTHS else 3
-    return f"{score.low:.{digits}f} to {score.high:.{digits}f}"
+    return _minus(f"{score.low:.{digits}f} to {score.high:.{digits}f}")
+
+
+def _minus(text: str) -> str:
+    """With the real minus sign, as `signed`."""
+    return text.replace("-", "−")
 
 
 def signed(points: float) -> str:
@@ -151,10 +156,16 @@ def _few(names: list[str]) -> list[str]:
 
 
 def spread(value: float | None, around: float | None) -> str:
-    """A published number or one beside it: "98.63", "98.63 ± 1.15", "not measured"."""
+    """A published number or one beside it: "98.63", "98.63 ± 1.15", "0.0236", "not measured"; below 1 with up to four digits."""
     if value is None:
         return "not measured"
-    return f"{value:.2f}" if around is None else f"{value:.2f} ± {around:.2f}"
+    texts = [_digits(number, abs(value) < 1) for number in (value, around) if number is not None]
+    return " ± ".join(texts)
+
+
+def _digits(value: float, small: bool) -> str:
+    whole, _, behind = f"{value:.{4 if small else 2}f}".partition(".")
+    return f"{whole}.{behind[:2]}{behind[2:].rstrip('0')}"
 
 
 def number(value: float | None) -> str:

@@ -1,6 +1,6 @@
 """Artists: does a style leave its own prompts, and does it stay in those of others; by CLIP score and LPIPS from the same noise.
 
-    setup    prompts of the erased style and of other styles, CLIP as the embedder, LPIPS where its package is installed
+    setup    prompts of the erased style and of other styles, CLIP as the embedder, LPIPS where its package and weights are at hand
     lines    CLIP score and LPIPS for what was erased (should fall; should be large) and for the others (should stay; should be small)
 
 On a real model the prompts are a file with a column `artist`, such as `long_niche_art_prompts.csv` of AP (200 prompts, five pictures each);
@@ -45,7 +45,13 @@ def setup(model: str, task: Task, size: str, options: Options) -> tuple[Plan, Ju
     else:
         plan, judges = listed(task, size, options), Judges(embedder=zeroshot.own(options, bundled=False))
     if options.lpips or lpips.available():
-        questions = (*plan.asks.questions, *perceptual(lpips.load(options.lpips)))
+        try:
+            distance = lpips.load(options.lpips)
+        except EffaceError as error:
+            if options.lpips:
+                raise
+            return replace(plan, unmeasured=(*plan.unmeasured, f"LPIPS: {error}.")), judges
+        questions = (*plan.asks.questions, *perceptual(distance))
         other = options.lpips and not lpips.published(options.lpips)
         missing = [f"Whether LPIPS is that of the published trunk: {options.lpips} has another SHA-256."] if other else []
         return replace(plan, asks=replace(plan.asks, questions=questions), unmeasured=(*plan.unmeasured, *missing)), judges

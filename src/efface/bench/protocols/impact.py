@@ -1,6 +1,7 @@
 """Impact: what erasing one concept does to each other one, over groups of neighbours (the analysis behind AGE, arXiv 2501.18950).
 
-    plan        prompts and seeds for every concept of some neighbour groups
+    plan        prompts and seeds for every concept of some neighbour groups of the bundled world
+    listed      the same from a file with a column of classes, for any other model; and who judges
     measure     draws them with the un-erased model and with each edit, from the same noise; a detector says in how many the concept is
     baselines   the fixed targets that the paper compares: synonym, neighbour, general word, unrelated concept, nothing
 
@@ -10,7 +11,7 @@ With G(j) the share of pictures of concept j in which the detector has j among i
 
 is what the erasure of e takes from j: the erasure itself on the diagonal, damage elsewhere. The paper finds damage within a group and
 little outside, Δ(e, j) ≠ Δ(j, e), and concepts that are weak before any erasure to be hurt by all. Its groups are five of five ImageNet
-classes; ours are those of the bundled world.
+classes (`IMAGENET`, the authors' netfive_500.csv); the bundled world has its own.
 """
 
 from __future__ import annotations
@@ -20,19 +21,38 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from efface.bench import zeroshot
 from efface.bench.draw import Drawing, Judges, draw
 from efface.bench.emoji import Prompts, find
+from efface.bench.listed import Rows
+from efface.bench.options import Options
 from efface.bench.plan import Plan, numbered
+from efface.bench.prompts import Prompt
+from efface.bench.questions import Asks
 from efface.concepts.vocabulary import Vocabulary
 from efface.core.edit import Edit
 from efface.core.errors import EffaceError, InvalidTask
-from efface.core.evidence import Contrast, Detector, Samples, Score
+from efface.core.evidence import Contrast, Detector, Samples, Score, Shot
 from efface.core.method import Method, Resources
 from efface.core.model import Model
 from efface.core.task import Concept, Swap, Task
+from efface.evals.detectors.clip_zeroshot import ClipZeroShot, candidates
 
 NETFIVE = ("feline", "road vehicle", "instrument", "building", "fruit")
 """The bundled groups nearest to the paper's: animals, vehicles, instruments, buildings, and a group of things."""
+IMAGENET: Mapping[str, tuple[str, ...]] = {
+    "spaniel": ("english springer", "clumber spaniel", "english setter", "blenheim spaniel", "border collie"),
+    "truck": ("garbage truck", "moving van", "fire engine", "ambulance", "school bus"),
+    "wind instrument": ("french horn", "bassoon", "trombone", "oboe", "saxophone"),
+    "building": ("church", "monastery", "bell cote", "dome", "library"),
+    "device": ("cassette player", "polaroid camera", "loudspeaker", "typewriter keyboard", "projector"),
+}
+"""The paper's five groups, each with the class that is erased first."""
+RESNET = {"clumber spaniel": "clumber", "saxophone": "sax"}
+"""Classes that torchvision's list has under another name."""
+SLIPS = {"basson": "bassoon"}
+"""Of the authors' files."""
+NAME = "impact"
 TOP = 5
 """k of the paper's figures."""
 STEPS = 20
@@ -143,6 +163,38 @@ def plan(world: Vocabulary, groups: Sequence[str] = NETFIVE, *, each: int = 20, 
     return Plan(f"impact/{world.name}", numbered(shots, seed), seed, STEPS)
 
 
+def listed(options: Options) -> tuple[Plan, Detector, dict[str, tuple[str, ...]]]:
+    """What a file of prompts with a column of classes draws with any model; ResNet-50 or CLIP; and the classes by groups of `IMAGENET`.
+
+    A class that is in none of the groups is a group by itself. Raises EffaceError for a file that is missing, broken or without classes."""
+    rows = Rows.of(NAME, "full", options, wanted=lambda row: bool(row.concept), why="name no class, in a column such as 'label_str'")
+    names = dict.fromkeys(_spelled(row.concept) for row in rows.chosen)
+    groups = {group: tuple(name for name in members if name in names) for group, members in IMAGENET.items()}
+    alone = {name: (name,) for name in names if not any(name in members for members in groups.values())}
+    other = {} if options.detector else RESNET  # CLIP's candidates are the classes themselves
+
+    def shots(row: Prompt) -> list[Shot]:
+        name = _spelled(row.concept)
+        return [Shot(row.text, 0, "unrelated", name, (other.get(name, name),))]
+
+    plan = rows.plan(NAME, "full", options, Asks(()), shots)
+    return plan, _judge(options, names), {group: members for group, members in (groups | alone).items() if members}
+
+
+def _spelled(name: str) -> str:
+    """As `IMAGENET` has it."""
+    return SLIPS.get(name.lower(), name.lower())
+
+
+def _judge(options: Options, names: Iterable[str]) -> Detector:
+    if options.detector:
+        clip = zeroshot.own(options, bundled=False)
+        return ClipZeroShot(clip, clip.scale, candidates((name, "object") for name in names))
+    from efface.evals.detectors.imagenet import ImageNet
+
+    return ImageNet.load(options.resnet)
+
+
 def objects(world: Vocabulary, groups: Sequence[str]) -> list[str]:
     """The objects of some groups, in order. Raises InvalidTask for an unknown group."""
     for group in groups:
@@ -151,11 +203,15 @@ def objects(world: Vocabulary, groups: Sequence[str]) -> list[str]:
     return [name for group in groups for g in world.groups if g.name == group for name in g.objects]
 
 
+def members(world: Vocabulary, groups: Sequence[str] = NETFIVE) -> dict[str, tuple[str, ...]]:
+    """The objects of each group. Raises InvalidTask for an unknown one."""
+    return {group: tuple(objects(world, [group])) for group in groups}
+
+
 def measure(
     model: Model,
     edits: Iterable[tuple[str, Edit]],
-    world: Vocabulary,
-    groups: Sequence[str] = NETFIVE,
+    groups: Mapping[str, Sequence[str]],
     *,
     plan: Plan,
     detector: Detector,
@@ -165,6 +221,7 @@ def measure(
 ) -> Impact:
     """The impact of each edit, given as (what it erases, edit), on every concept of the plan.
 
+    groups: which concepts are neighbours: `members` of the bundled world, or what `listed` returns.
     edits: may be made one after the other, such as by `fitted`; none is kept. before: what the un-erased model drew for this very plan
     with this detector; drawn here where it is not given. Raises Undetermined, Unsupported, what `attach` raises,
     and EffaceError for no edit."""
@@ -178,8 +235,7 @@ def measure(
         methods.append(edit.card.method)
     if not methods:
         raise EffaceError("no edit was given, whose impact could be measured; give at least one")
-    members = {group: tuple(objects(world, [group])) for group in groups}
-    return Impact(members, tuple(cells), k, "; ".join(dict.fromkeys(methods)))
+    return Impact({group: tuple(names) for group, names in groups.items()}, tuple(cells), k, "; ".join(dict.fromkeys(methods)))
 
 
 def fitted(

@@ -31,7 +31,7 @@ from efface.bench.listed import Rows
 from efface.bench.options import Options
 from efface.bench.plan import Plan, numbered
 from efface.bench.prompts import Prompt
-from efface.bench.protocols import erasure
+from efface.bench.protocols import erasure, objects
 from efface.bench.questions import Asks, Question
 from efface.concepts.vocabulary import Vocabulary, read
 from efface.core.errors import EffaceError
@@ -180,10 +180,9 @@ def own(task: Task, size: str, world: Vocabulary) -> Plan:
 
 def listed(task: Task, size: str, options: Options) -> Plan:
     """The plan of a file of captions."""
-    targets = [concept.key for concept in task.targets]
 
     def harmless(row: Prompt) -> bool:
-        return not any(f" {name} " in f" {row.text.casefold().strip(' .')} " for name in targets)
+        return not any(objects.names(row.text, concept.name) for concept in task.targets)
 
     rows = Rows.of(NAME, size, options, wanted=harmless, why="name what was erased")
     return rows.plan(NAME, size, options, ASKS, lambda row: [Shot(row.text, 0, "unrelated", "caption", (), "other")])

@@ -22,7 +22,7 @@ from typing import final
 import torch
 from torch import Tensor, nn
 
-from efface.core.errors import MissingExtra, Unsupported
+from efface.core.errors import EffaceError, MissingExtra, Unsupported
 from efface.core.evidence import DEPTH, Detector, Sighting
 from efface.core.statedict import Weights
 
@@ -53,8 +53,8 @@ class ImageNet(Detector):
     def load(cls, path: str | Path = "") -> ImageNet:
         """The published one, with the weights of a file or of the one such file of a folder, or torchvision's own where none is named.
 
-        Raises EffaceError for a file that is not there, that cannot be read, or that is of another network; MissingExtra without
-        torchvision; without a file, OSError where the weights can be neither found nor downloaded."""
+        Raises EffaceError for a file that is not there, that cannot be read, or that is of another network, and without a file where
+        torchvision's own can be neither found nor downloaded; MissingExtra without torchvision."""
         file = WEIGHTS.find(path) if path else None
         if find_spec("torchvision") is None:
             raise MissingExtra(
@@ -62,7 +62,10 @@ class ImageNet(Detector):
             )
         models = import_module("torchvision.models")
         own = models.ResNet50_Weights.IMAGENET1K_V2
-        net = models.resnet50(weights=None if file else own)
+        try:
+            net = models.resnet50(weights=None if file else own)
+        except OSError as error:
+            raise EffaceError(f"ResNet-50's weights can be neither found nor downloaded ({error}); {WEIGHTS.wanted}") from error
         if file:
             try:
                 net.load_state_dict(WEIGHTS.read(file))

@@ -12,6 +12,7 @@ Source: Zhang et al., arXiv 1801.03924.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -23,7 +24,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from efface.core.errors import MissingExtra
+from efface.core.errors import EffaceError, MissingExtra
 from efface.core.evidence import Contrast, Direction, Metric, Needed, Role, Samples, Score, chosen
 from efface.core.statedict import Weights, digest
 
@@ -49,13 +50,19 @@ def available() -> bool:
 def load(path: str | Path = "") -> Distance:
     """The learned distance on AlexNet, with the trunk's weights of a file or of the one such file of a folder, or torchvision's own.
 
-    Raises EffaceError for a file that is not there, cannot be read, or is of another network; MissingExtra without the package."""
+    Raises EffaceError for a file that is not there, cannot be read, or is of another network, and where torchvision's own can be neither
+    found nor downloaded; MissingExtra without the package."""
     file = WEIGHTS.find(path) if path else None
     if not available():
         raise MissingExtra(
             "LPIPS needs lpips and torchvision, which are not installed; run `pip install -e '.[metrics]'` in efface's folder"
         )
-    found = import_module("lpips").LPIPS(net="alex", pnet_rand=file is not None, verbose=False).eval()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the package calls torchvision in a way that is about to go
+            found = import_module("lpips").LPIPS(net="alex", pnet_rand=file is not None, verbose=False).eval()
+    except OSError as error:
+        raise EffaceError(f"AlexNet's weights can be neither found nor downloaded ({error}); {WEIGHTS.wanted}") from error
     if file:
         fill(found.net, file)
     return found
@@ -94,15 +101,17 @@ class Lpips(Metric):
         return f"LPIPS ({self.pixels or 'full'})"
 
     def measure(self, before: Samples, after: Samples, *, seed: int = 0) -> Contrast:
-        """0 before, by definition; clustered by prompt. Raises ValueError without the pictures of both."""
+        """0 before, by definition; clustered by prompt. The scores' names tell the size. Raises ValueError without the pictures of both."""
         rows = chosen(before, after, lambda shot: shot.role in self.roles)
         if before.images is None or after.images is None:
             raise ValueError("LPIPS needs the pictures, and these samples hold none; measure again")
         values = [float(self._between(before.images[i], after.images[i])) for i in rows]
         prompts = [before.shots[i].prompt for i in rows]
         way: Direction = "higher" if self.roles == ("target",) else "lower"
-        found = Score.mean(self.name, values, prompts, way, "LPIPS", seed=seed)
-        return Contrast(Score(self.name, 0.0, 0.0, 0.0, len(rows), way, "LPIPS"), found, found)
+        size = (self.pixels, self.pixels) if self.pixels else tuple(before.images.shape[-2:])
+        name = f"LPIPS ({size[0]}×{size[1]} pixels)"
+        found = Score.mean(name, values, prompts, way, "LPIPS", seed=seed)
+        return Contrast(Score(name, 0.0, 0.0, 0.0, len(rows), way, "LPIPS"), found, found)
 
     @torch.no_grad()
     def _between(self, first: Tensor, second: Tensor) -> Tensor:
