@@ -24,6 +24,7 @@ from efface.evals.metrics.frechet import Frechet
 from efface.evals.metrics.kid import KID, kid, mmd
 from efface.evals.metrics.likeness import Likeness
 from efface.evals.metrics.lpips import Lpips
+from efface.ops.frechet import frechet
 
 SHOTS = tuple(Shot(f"p{i}", i, "unrelated", "dog") for i in range(40))
 
@@ -193,3 +194,31 @@ def test_without_lpips_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) 
     assert not lpips.available()
     with pytest.raises(MissingExtra, match=r"pip install -e '.\[metrics\]'"):
         lpips.load()
+
+
+class Pixels(nn.Module):
+    """A feature extractor of torchmetrics' interface whose features are a picture's first numbers."""
+
+    num_features = 12
+
+    def forward(self, images: Tensor) -> Tensor:
+        return images.flatten(1)[:, : self.num_features].double() / 255
+
+
+def test_the_distances_are_those_of_torchmetrics() -> None:
+    """Ours carry intervals and leave pairs of one noise out; without pairs they are the library's numbers, from its own accumulation."""
+    fids, kids = pytest.importorskip("torchmetrics.image.fid"), pytest.importorskip("torchmetrics.image.kid")
+    generator = torch.Generator().manual_seed(0)
+    first, second = (torch.randint(low, 256, (40, 3, 4, 4), generator=generator, dtype=torch.uint8) for low in (0, 60))
+    features = [Pixels()(images) for images in (first, second)]
+    theirs = fids.FrechetInceptionDistance(feature=Pixels(), input_img_size=(3, 4, 4)).set_dtype(torch.float64)
+    theirs.update(first, real=True)
+    theirs.update(second, real=False)
+    assert frechet(*features) == pytest.approx(float(theirs.compute()), rel=1e-6)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that it keeps all features
+        kernel_distance = kids.KernelInceptionDistance(feature=Pixels(), subsets=1, subset_size=40)
+    kernel_distance.update(first, real=True)
+    kernel_distance.update(second, real=False)
+    assert mmd(*features) == pytest.approx(float(kernel_distance.compute()[0]), rel=1e-4)
+    assert frechet(features[0], features[0]) < 1e-9 < frechet(*features)
