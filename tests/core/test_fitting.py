@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 
 from efface.core import file
@@ -17,6 +18,7 @@ from efface.core.fitting import fitting, seconds_per_forward
 from efface.core.method import Resources
 from efface.core.task import Task
 from efface.methods.ap import AP
+from efface.models import load
 
 TASK = Task.of("cat", ["dog"])
 WORDS = Resources(vocabulary=("tiger", "lion", "car", "bus"))
@@ -186,3 +188,17 @@ def test_a_process_that_was_killed_can_be_gone_on_with_by_another(tiny_model, tm
     again = SMALL.fit(model, TASK, seed=3, resources=kept(path, seen=seen))
     assert seen[0] == 5
     assert same(SMALL.fit(model, TASK, seed=3, resources=WORDS), again)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the peak of memory is measured on CUDA alone")
+def test_on_cuda_the_peak_of_memory_is_the_fits_own():
+    model = load(tiny.pipeline(), device="cuda")
+    weights = sum(p.numel() * p.element_size() for p in model.components["unet"].parameters())
+    held = torch.zeros(2**26, device="cuda")  # 256 MB that are gone before the fit begins
+    del held
+    peak = SMALL.fit(model, TASK, resources=WORDS).card.cost["peak_bytes"]
+    assert weights < peak < 2**28
+
+
+def test_elsewhere_no_peak_is_claimed(tiny_model):
+    assert "peak_bytes" not in SMALL.fit(tiny_model, TASK, resources=WORDS).card.cost

@@ -116,6 +116,8 @@ class Fit:
         values = {name: cost.get(name, 0.0) for name in ("steps", "forwards", "backwards")}
         self.resources.announce(Forecast(**values, memory=self.method.memory(self.model, self.task), done=done))
         self.model.meter.reset()
+        if self.model.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self.model.device)
 
     def steps(self, total: int, state: State) -> Iterator[int]:
         """The numbers of the steps that are left, of 0 … total − 1; before the first, `state` is set to that of the checkpoint."""
@@ -146,8 +148,11 @@ class Fit:
         return {name: torch.tensor([figures.get(name, math.nan) for figures in self.figures]) for name in names}
 
     def card(self) -> Card:
-        """The card of what was fitted, with the metered cost."""
-        return Card.of(self.model, method=self.method, task=self.task, seed=self.seed, cost=self.model.meter.read())
+        """The card of what was fitted, with the metered cost; on CUDA with the most memory that tensors took, weights included."""
+        device, cost = self.model.device, self.model.meter.read()
+        if device.type == "cuda":
+            cost["peak_bytes"] = torch.cuda.max_memory_allocated(device)
+        return Card.of(self.model, method=self.method, task=self.task, seed=self.seed, cost=cost)
 
     def edit(
         self, deltas: Mapping[str, Tensor], *, trace: Mapping[str, Tensor] | None = None, info: Mapping[str, Any] | None = None

@@ -112,7 +112,7 @@ class View:
     def cost(self) -> list[tuple[str, str]]:
         """What the fit spent, and the measurement, in words."""
         names = {"seconds": "Seconds of fitting", "forwards": "Samples through the denoiser", "calls": "Calls of the denoiser"}
-        names |= {"backwards": "Samples of backward"}
+        names |= {"backwards": "Samples of backward", "peak_bytes": "Peak memory on the GPU, bytes"}
         rows = [
             (names.get(name, name), f"{value:,.1f}" if name == "seconds" else f"{value:,.0f}") for name, value in self.card.cost.items()
         ]
