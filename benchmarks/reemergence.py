@@ -131,7 +131,8 @@ Recovery: the share of what the erasure took that came back; 1 is as much as the
 and the erasure's, the mean over maps; an update that undoes the erasure has a negative one. Loss: of fine-tuning, on pictures kept
 out of it. In the last two rows a LoRA is subtracted, as the paper does to see what is in it.
 
-Made by `python benchmarks/reemergence.py --out runs/reemergence --seeds {seeds} --markdown docs/results/reemergence.md`.
+Made by `python benchmarks/reemergence.py --out runs/reemergence --seeds {seeds} --markdown docs/results/reemergence.md`. What each
+seed found is kept in `benchmarks/records/reemergence`; copied to `runs/reemergence`, it need not be run again.
 
 ![for each arm the share of pictures with the erased concept and with others, and the cosines of its two changes](reemergence.svg)
 
