@@ -21,6 +21,7 @@ QUICK = {
     "latent_inversion": "latent_inversion(iterations=2)",
     "noise_probe": "noise_probe(etas=(1.0, 1.5), variances=(1.0,))",
     "p4d": "p4d(mode='K', iterations=4, candidates=2)",
+    "random_tokens": "random_tokens(candidates=2)",
     "relearning": "relearning(checkpoints=(0, 1, 3), images=4, batch=2)",
     "ring_a_bell": "ring_a_bell(generations=4, population=6, candidates=2)",
     "seed_search": "seed_search(seeds=2)",

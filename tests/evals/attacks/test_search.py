@@ -253,6 +253,7 @@ CANDIDATES = {
     "latent_inversion": 1,
     "noise_probe": 12,
     "p4d": 8,
+    "random_tokens": 10,
     "relearning": 1,
     "ring_a_bell": 4,
     "seed_search": 0,
