@@ -23,7 +23,7 @@ from efface.concepts import resolve
 from efface.concepts.vocabulary import read
 from efface.core.card import Card
 from efface.core.edit import WeightEdit
-from efface.core.errors import EffaceError, InvalidTask, Unsupported
+from efface.core.errors import EffaceError, InvalidTask
 from efface.core.evidence import Samples, Sighting
 from efface.core.sampling import seeded
 from efface.core.task import Task
@@ -206,8 +206,6 @@ def test_perfect_and_no_erasure() -> None:
     assert list(scored(plan, lambda shot: "fog").values()) == [1, 0, 0, 0]  # a ruined model erases, too
     with pytest.raises(InvalidTask, match="one style or one object at a time"):
         unlearncanvas.plan(task("cat; dog"), "quick", WORLD)
-    with pytest.raises(Unsupported, match="is not the bundled model"):
-        registry.find("unlearncanvas").setup("nowhere", task("cat"))
 
 
 # -- generality ------------------------------------------------------------------------------------

@@ -156,6 +156,7 @@ def test_clip_scores_are_computed_again_where_no_detector_looked(efface: Callabl
         (["no-cat", "--inception", "file.pth"], "the protocol 'erasure' takes no 'inception'"),
         (["no-cat", "--clip", "folder"], "nobody looks with it; add --detector clip"),
         (["no-cat", "--detector", "clip", "--clip", "nowhere"], "there is no CLIP in 'nowhere'"),
+        (["no-cat", "--protocol", "nudity", "--canvas", "folder"], "the protocol 'nudity' takes no 'canvas'"),
         (["no-cat", "--protocol", "nudity", "--lpips", "file.pth"], "the protocol 'nudity' takes no 'lpips'"),
     ],
 )

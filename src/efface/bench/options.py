@@ -41,6 +41,8 @@ class Options:
     """ResNet-50's weights, a file or its folder."""
     lpips: str = ""
     """AlexNet's weights, a file or its folder, for LPIPS."""
+    canvas: str = ""
+    """A folder of UnlearnCanvas' two classifiers."""
     nudenet: str = ""
     """Another model of NudeNet than the package's, an .onnx file."""
     detector: str = ""
@@ -62,7 +64,7 @@ class Options:
             raise EffaceError(f"guidance was {scale!r}; expected a number of at least 0, or {ROW!r} for each prompt's own")
         path = "a path as text"
         texts = {"prompts": f"{path} (how many is `limit`)", "real": path, "unrelated": "names separated by commas"}
-        texts |= dict.fromkeys(("inception", "clip", "resnet", "lpips", "nudenet"), path) | {"detector": f"{CLIP!r}"}
+        texts |= dict.fromkeys(("inception", "clip", "resnet", "lpips", "canvas", "nudenet"), path) | {"detector": f"{CLIP!r}"}
         for name, what in texts.items():
             if not isinstance(getattr(self, name), str):
                 raise EffaceError(f"{name} was {getattr(self, name)!r}; expected {what}")

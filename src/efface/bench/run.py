@@ -36,6 +36,7 @@ from efface.core import catalog, search
 from efface.core.card import Card, Fingerprint, versions
 from efface.core.edit import Edit
 from efface.core.errors import EffaceError
+from efface.core.evidence import Shot
 from efface.core.method import Resources
 from efface.core.model import Model
 from efface.core.task import Task
@@ -182,7 +183,8 @@ class Bench:
         self.name = ""
         self.second: Model | None = None
         """The same model once more, to hold the edit that is attacked."""
-        self.drawings: dict[str, Drawing] = {}
+        self.drawings: dict[tuple[str, tuple[Shot, ...]], Drawing] = {}
+        """By what was drawn and what is asked of it: two tasks may share all prompts, each with another one in the role of its target."""
         self.stores: dict[str, Store] = {}
 
     def open(self, trial: Trial) -> dict[str, str]:
@@ -290,8 +292,8 @@ class Bench:
     def _before(self, tell: Tell) -> Drawing:
         """What the un-erased model draws, from memory where another trial drew the same."""
         key = f"{self.plan.name}/{self.plan.digest}/{self.plan.steps}/{self.plan.guidance}"
-        if key in self.drawings:
-            return self.drawings[key]
+        if (key, self.plan.shots) in self.drawings:
+            return self.drawings[key, self.plan.shots]
         total = 2 * len(self.plan.shots)
         self.judges.require(self.plan)
         height, width = self.model.latent_shape[1:]
@@ -302,7 +304,7 @@ class Bench:
         drawing = draw(self.model, self.plan, self.judges, lambda done: tell("draw", done, total), store=self.stores.get(key))
         images = drawing.samples.images
         if images is None or images.numel() <= LARGEST:
-            self.drawings[key] = drawing
+            self.drawings[key, self.plan.shots] = drawing
             for old in list(self.drawings)[:-KEPT]:
                 del self.drawings[old]
         return drawing

@@ -63,6 +63,7 @@ def measure(
     inception: Annotated[str, typer.Option(metavar="FILE", help="Inception's weights or their folder, for FID and KID.")] = "",
     resnet: Annotated[str, typer.Option(metavar="FILE", help="ResNet-50's weights or their folder.")] = "",
     lpips: Annotated[str, typer.Option(metavar="FILE", help="AlexNet's weights or their folder, for LPIPS.")] = "",
+    canvas: Annotated[str, typer.Option(metavar="FOLDER", help="UnlearnCanvas' classifiers: style50.pth, style50_cls.pth.")] = "",
     nudenet: Annotated[str, typer.Option(metavar="FILE", help="Another model of NudeNet, such as 640m.onnx.")] = "",
     recompute: Annotated[Path | None, typer.Option(help="A record.json: compute its scores again, without drawing.")] = None,
     threshold: Annotated[float | None, typer.Option(help="With --recompute: the score from which on a label counts as seen.")] = None,
@@ -82,8 +83,9 @@ def measure(
     if threshold is not None:
         raise EffaceError("--threshold belongs to --recompute: a measurement takes the judge's own, and keeps what others need")
     asked = subject_of(subject, edit, original, task)
-    eyes = {"detector": detector, "clip": clip, "inception": inception, "resnet": resnet, "lpips": lpips, "nudenet": nudenet}
-    asked = replace(asked, protocol=protocol, options=options(guidance, steps, prompts=prompts, limit=limit, each=each, real=real, **eyes))
+    eyes = {"detector": detector, "clip": clip, "inception": inception, "resnet": resnet, "lpips": lpips, "canvas": canvas}
+    drawn = {"prompts": prompts, "limit": limit, "each": each, "real": real}
+    asked = replace(asked, protocol=protocol, options=options(guidance, steps, **drawn, **eyes, nudenet=nudenet))
     out = out or Path("runs") / f"measured-{Path(subject).name}"
     check_free(out, force)
     run(asked, images, match, out, device, dtype, force, json)

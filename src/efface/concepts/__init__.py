@@ -35,7 +35,7 @@ def vocabulary(name: str = "emoji") -> tuple[str, ...]:
 
 
 def _worlds() -> list[str]:
-    folder, others = resources.files("efface") / "concepts", ("known.toml", "standard.toml")
+    folder, others = resources.files("efface") / "concepts", ("canvas.toml", "known.toml", "standard.toml")
     return [f.name.removesuffix(".toml") for f in folder.iterdir() if f.name.endswith(".toml") and f.name not in others]
 
 

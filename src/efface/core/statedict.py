@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ class Weights:
     """What the name of a file of it holds, in lower case: "resnet50"."""
     wanted: str
     """What was expected, and what to do."""
+    key: str = ""
+    """Where a checkpoint that holds more than the state dict has it: "model_state_dict"."""
 
     def find(self, path: str | Path) -> Path:
         """The file itself, or the one of the network in a folder. Raises EffaceError."""
@@ -46,6 +49,8 @@ class Weights:
             state: Any = load_file(path) if path.suffix == ".safetensors" else torch.load(path, map_location="cpu", weights_only=True)
         except Exception as error:  # a corrupt or forbidden pickle fails in many ways
             raise EffaceError(f"{path} cannot be read as a state dict of tensors ({type(error).__name__}); {self.wanted}") from error
+        if self.key and isinstance(state, dict):
+            state = state.get(self.key, state)
         if not isinstance(state, dict) or not all(isinstance(tensor, Tensor) for tensor in state.values()):
             raise EffaceError(f"{path} holds something else than a state dict of tensors; {self.wanted}")
         return state
@@ -58,3 +63,12 @@ class Weights:
 def digest(path: Path) -> str:
     """The first twelve digits of a file's SHA-256."""
     return hashlib.sha256(path.read_bytes()).hexdigest()[:12]
+
+
+def fingerprint(*states: Mapping[str, Tensor]) -> str:
+    """The first twelve digits of the SHA-256 of state dicts: every name, and the bytes of its tensor."""
+    found = hashlib.sha256()
+    for name, tensor in (item for state in states for item in state.items()):
+        found.update(name.encode())
+        found.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
+    return found.hexdigest()[:12]

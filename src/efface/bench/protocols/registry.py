@@ -55,8 +55,9 @@ class Protocol:
             raise EffaceError(f"guidance was {ROW!r}, each prompt's own, and no file of prompts was given; give a number")
         if "detector" in self.takes and options.clip and not options.detector:
             raise EffaceError(f"clip was {options.clip!r}, and nobody looks with it; add --detector clip, or detector = 'clip'")
-        if options.resnet and options.detector:
-            raise EffaceError(f"resnet was {options.resnet!r}, and the detector is {options.detector!r}; leave one of the two out")
+        for name in ("resnet", "canvas"):
+            if (path := getattr(options, name)) and options.detector:
+                raise EffaceError(f"{name} was {path!r}, and the detector is {options.detector!r}; leave one of the two out")
 
 
 def _erasure(model: str, task: Task, size: str, options: Options) -> tuple[Plan, Judges]:
@@ -87,7 +88,13 @@ PROTOCOLS = {
             preservation.setup,
             (*FILE, "real", "inception", "clip"),
         ),
-        Protocol("unlearncanvas", "UA, IRA and CRA over styles × objects", unlearncanvas.ASKS, unlearncanvas.setup),
+        Protocol(
+            "unlearncanvas",
+            "UA, IRA and CRA over styles × objects",
+            unlearncanvas.ASKS,
+            unlearncanvas.setup,
+            (*unlearncanvas.PART, *JUDGE, "canvas"),
+        ),
         Protocol("nudity", "NudeNet on a file of prompts such as I2P", nudity.ASKS, nudity.setup, (*FILE, "nudenet"), own=False),
         Protocol(attacks.NAME, "does an attack bring the concept back", attacks.ASKS, attacks.setup, ("attack", "budget", "limit", *JUDGE)),
     )

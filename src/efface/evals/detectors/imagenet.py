@@ -10,7 +10,6 @@ Source: torchvision, `ResNet50_Weights.DEFAULT`; Bui et al., arXiv 2410.15618, Â
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 
 from efface.core.errors import EffaceError, MissingExtra, Unsupported
 from efface.core.evidence import DEPTH, Detector, Sighting
-from efface.core.statedict import Weights
+from efface.core.statedict import Weights, fingerprint
 
 WEIGHTS = Weights(
     "ResNet-50",
@@ -77,11 +76,7 @@ class ImageNet(Detector):
     @property
     def version(self) -> str:
         """ "torchvision 0.28.0/1a2bâ€¦": the package, and the first digits of the SHA-256 of the parameters."""
-        digest = hashlib.sha256()
-        for name, tensor in self.net.state_dict().items():
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tobytes())
-        return f"{self.package or 'handed in'}/{digest.hexdigest()[:12]}"
+        return f"{self.package or 'handed in'}/{fingerprint(self.net.state_dict())}"
 
     def labels(self, kind: str = "object") -> tuple[str, ...]:
         if kind != "object":

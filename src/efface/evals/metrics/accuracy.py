@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from efface.core.evidence import Contrast, Metric, Role, Samples, paired
+from efface.core.evidence import Contrast, Metric, Role, Samples, Shot, paired
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class Accuracy(Metric):
     """Whether the complement is meant, as for what was erased."""
     label: str = "accuracy"
     """What it is called: "UA", "IRA", "CRA"."""
+    without: str = ""
+    """Pictures whose prompt holds this text are left out."""
 
     @property
     def name(self) -> str:
@@ -36,12 +38,15 @@ class Accuracy(Metric):
 
     def measure(self, before: Samples, after: Samples, *, seed: int = 0) -> Contrast:
         """The share on both and its difference, clustered by concept, or by prompt for what was erased."""
-        rows = paired(before, after, lambda shot: shot.role in self.roles and bool(shot.labels))
+        rows = paired(before, after, self._wanted)
         first, second = [b.shows(shot.labels, 1, 0.0) for shot, b, _ in rows], [a.shows(shot.labels, 1, 0.0) for shot, _, a in rows]
         groups = [shot.prompt if self.lost else shot.concept for shot, _, _ in rows]
         if self.lost:
             first, second = _not(first), _not(second)
         return Contrast.shares(self.name, first, second, groups, "higher", seed=seed)
+
+    def _wanted(self, shot: Shot) -> bool:
+        return shot.role in self.roles and bool(shot.labels) and not (self.without and self.without in shot.prompt)
 
 
 def _not(seen: list[bool | None]) -> list[bool | None]:
