@@ -162,3 +162,25 @@ def test_quality_stands_in_the_text_table_and_on_the_page(run: Run) -> None:
     html = page.render(result, edit=run.edit, command="x")
     assert "emoji-clip" in html
     assert "23.0 to 25.0" in html
+
+
+def test_a_protocol_with_lines_of_its_own_shows_them(run: Run) -> None:
+    """Of UnlearnCanvas, nudity and the like: what they put first, with its n, and no column of what they do not ask."""
+    whole = made(run, 30, 4)
+    first, second, *_ = whole.lines
+    own = (replace(first, key="canvas.UA", title="UA", headline=True), replace(second, key="canvas.CRA", title="CRA", headline=False))
+    page = leaderboard.render([record(replace(whole, lines=own), "uce"), record(replace(whole, lines=own), "uce", task="dog")])
+    (row, costs), *_ = [cells(page, "`uce`")[:2]]
+    assert row == [
+        "`uce`",
+        "1",
+        str(first.contrast.after.n),
+        f"{wording.value(first.contrast.after)} [{wording.interval(first.contrast.after)}]",
+    ]
+    assert "| method | fits | n (UA) | UA |" in page
+    assert "CRA" not in page
+    assert "ESR" not in page
+    assert "At a glance" not in page
+    assert leaderboard.MISSING not in row
+    assert len(costs) == 1 + len(leaderboard.COST)
+    assert "| ESR-1 |" in leaderboard.render([record(whole, "uce")]), "control: an erasure has its own columns"

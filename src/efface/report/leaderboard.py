@@ -31,11 +31,13 @@ ERASURE = (
     ("unrelated PSR-5", "unrelated.PSR-5"),
 )
 QUALITY = (("Fréchet, unrelated", "unrelated.frechet"), ("CLIP, unrelated", "unrelated.clip"), ("CLIP, target", "target.clip"))
-READING = """Every cell is the mean over fits of different seeds, with a 95 % interval: the mean of the fits' own intervals, widened to hold
-every fit. ESR-k: the share of pictures asking for the target in which it is not among the judge's k best guesses (higher is better
+CELLS = """Every cell is the mean over fits of different seeds, with a 95 % interval: the mean of the fits' own intervals, widened to hold
+every fit."""
+READING = """ESR-k: the share of pictures asking for the target in which it is not among the judge's k best guesses (higher is better
 erased). PSR-k: the share of other pictures in which what was asked for is (higher is better kept). Both are read against the un-erased
 model on the same noise. A style is one of seven, so that chance alone leaves it among the five best guesses five times in seven.
 Cost is that of a fit; bytes are those of the edit's file."""
+LINES = """Cost is that of a fit; bytes are those of the edit's file."""
 COMPARED = """Is the first no worse than the second by more than the margin? The same prompts and noise, all tasks and fits together; the
 interval is the widest of Newcombe's paired one and of bootstraps over prompts and over fits. “Not inferior”: the whole 95 % interval
 lies above minus the margin."""
@@ -80,7 +82,8 @@ def render(
         raise EffaceError("there is no record to show; run the sweep first")
     alike(records, attacks)
     rows, tried = by_task(records), over_fits(of_trials(attacks))
-    parts = [f"# {title or 'Erasures compared'}", _about(records, source), lead or _overview(rows)]
+    usual = any(_columns(some) == ERASURE for some in rows.values())
+    parts = [f"# {title or 'Erasures compared'}", _about(records, source, READING if usual else LINES), lead or _overview(rows)]
     for task in rows:
         mine = [a for a in tried if a.task == task]
         shown = [f"![{SHEET}]({sheets[task]})\n\n*{SHEET}; the first prompts of the protocol.*"] if sheets and task in sheets else []
@@ -101,6 +104,8 @@ def _overview(rows: Mapping[str, Sequence[Row]]) -> str:
     labels = dict.fromkeys(row.label for some in rows.values() for row in some)
     cells = {label: [_short(next((row for row in some if row.label == label), None)) for some in rows.values()] for label in labels}
     lines = [[f"`{label}`", *cells[label]] for label in labels]
+    if all(cell == MISSING for row in cells.values() for cell in row):
+        return ""
     return f"## At a glance\n\n{table(['method', *map(_heading, rows)], lines)}\n\n{OVERVIEW}"
 
 
@@ -113,17 +118,26 @@ def _short(row: Row | None) -> str:
     return f"**{text}**" if good else text
 
 
+def _columns(rows: Sequence[Row]) -> tuple[tuple[str, str], ...]:
+    """Titles and keys of a task's lines: erasure and preservation, or, where a protocol asks for neither, what it puts first."""
+    results = [result for row in rows for result in row.results]
+    lines = [line for line in results[0].lines if line.headline] if results else []
+    known = {line.key for result in results for line in result.lines}
+    return ERASURE if not lines or known & {key for _, key in ERASURE} else tuple((line.title, line.key) for line in lines)
+
+
 def _table(rows: Sequence[Row], attacks: Sequence[Attacked]) -> str:
     """Erasure and preservation, the un-erased model on top; and resistance, where anything was attacked."""
+    columns = _columns(rows)
     last = ["highest ASR"] if attacks else []
-    header = ["method", "fits", "n (target / neighbours / unrelated)", *(name for name, _ in ERASURE), *last]
+    n = "n (target / neighbours / unrelated)" if columns == ERASURE else f"n ({' / '.join(name for name, _ in columns)})"
     first = next((row for row in rows if row.results), None)
-    lines = [] if first is None else [[*_before(first, [key for _, key in ERASURE], counts=True), *([""] if attacks else [])]]
+    lines = [] if first is None else [[*_before(first, columns, counts=True), *([""] if attacks else [])]]
     for row in rows:
-        found = [row.line(key) for _, key in ERASURE]
+        found = [row.line(key) for _, key in columns]
         resists = [_worst(row, attacks)] if attacks else []
-        lines.append([f"`{row.label}`", str(len(row.seeds)), _counts(row), *(_cell(value) for value in found), *resists])
-    return table(header, lines)
+        lines.append([f"`{row.label}`", str(len(row.seeds)), _counts(row, columns), *(_cell(value) for value in found), *resists])
+    return table(["method", "fits", n, *(name for name, _ in columns), *last], lines)
 
 
 def _worst(row: Row, attacks: Sequence[Attacked]) -> str:
@@ -141,29 +155,29 @@ def _published(rows: Sequence[Beside]) -> str:
 
 def _quality(rows: Sequence[Row]) -> str:
     """Quality and cost."""
-    header = ["method", *(name for name, _ in QUALITY), *COST]
+    columns = tuple((name, key) for name, key in QUALITY if _columns(rows) == ERASURE or any(row.line(key) for row in rows))
     first = next((row for row in rows if row.results), None)
-    lines = [] if first is None else [[*_before(first, [key for _, key in QUALITY]), *["" for _ in COST]]]
+    lines = [] if first is None else [[*_before(first, columns), *["" for _ in COST]]]
     for row in rows:
-        cells = [_cell(row.line(key)) for _, key in QUALITY]
+        cells = [_cell(row.line(key)) for _, key in columns]
         lines.append([f"`{row.label}`", *cells, *(_number(name, row.costs.get(name)) for name in COST)])
-    return table(header, lines)
+    return table(["method", *(name for name, _ in columns), *COST], lines)
 
 
-def _before(row: Row, keys: Sequence[str], *, counts: bool = False) -> list[str]:
+def _before(row: Row, columns: Sequence[tuple[str, str]], *, counts: bool = False) -> list[str]:
     cells = []
-    for key in keys:
+    for _, key in columns:
         found = pooled(row.results[:1], key)
         cells.append(MISSING if found is None else f"{wording.value(found.before)} [{wording.interval(found.before)}]")
-    return ["*un-erased*", *(["", _counts(row)] if counts else []), *cells]
+    return ["*un-erased*", *(["", _counts(row, columns)] if counts else []), *cells]
 
 
 def _cell(found: Pooled | None) -> str:
     return MISSING if found is None else f"{wording.value(found.after)} [{wording.interval(found.after)}]"
 
 
-def _counts(row: Row) -> str:
-    keys = ("target.ESR-1", "neighbour.PSR-1", "unrelated.PSR-1")
+def _counts(row: Row, columns: Sequence[tuple[str, str]]) -> str:
+    keys = ("target.ESR-1", "neighbour.PSR-1", "unrelated.PSR-1") if columns == ERASURE else [key for _, key in columns]
     found = [row.line(key) for key in keys]
     return " / ".join("–" if value is None else str(value.after.n) for value in found)
 
@@ -206,14 +220,14 @@ def _results(rows: Mapping[str, Sequence[Row]], label: str) -> dict[tuple[str, i
     }
 
 
-def _about(records: Sequence[Mapping[str, Any]], source: str) -> str:
+def _about(records: Sequence[Mapping[str, Any]], source: str, reading: str) -> str:
     """What the numbers rest on."""
     trial, ground = records[0]["trial"], records[0]["ground"]
     measured = next((Result.from_json(record["result"]).settings for record in records if "error" not in record), None)
     judged = f"judged by {ground['detector']}, embedded by {ground['embedder']}"
     head = f"Model `{trial['model']}` (weights {ground['weights']}), protocol `{trial['protocol']}`, images `{trial['images']}`, {judged}."
     sampling = _sampling(measured) if measured else ""
-    sentences = [head, sampling, READING, EMOJI if trial["model"] == "emoji" else "", f"Made by `{source}`." if source else ""]
+    sentences = [head, sampling, f"{CELLS} {reading}", EMOJI if trial["model"] == "emoji" else "", f"Made by `{source}`." if source else ""]
     return "\n\n".join(sentence for sentence in sentences if sentence)
 
 
