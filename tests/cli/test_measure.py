@@ -178,7 +178,9 @@ methods = ["uce", "uce(erase_scale=2.0)"]
     first = efface("sweep", "grid.toml", "--part", "1/2", "--json")
     assert first.code == 0, first.err
     assert first.json == {"out": "runs/grid", "trials": 1, "failed": 0, "markdown": None}
-    assert [row["record"] for row in efface("sweep", "grid.toml", "--list", "--json").json] == ["yes", "no"]
+    assert [row["record"] for row in efface("sweep", "grid.toml", "--list", "--markdown", "half.md", "--json").json] == ["yes", "no"]
+    assert "| `uce` |" in Path("half.md").read_text(encoding="utf-8")
+    assert "erase_scale" not in Path("half.md").read_text(encoding="utf-8"), "what was not run is neither shown nor run"
     before = Path("runs/grid/trials.jsonl").read_bytes()
     second = efface("sweep", "grid.toml", "--markdown", "docs/grid.md")
     assert second.code == 0, second.err

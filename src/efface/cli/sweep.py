@@ -42,7 +42,9 @@ def sweep(
         typer.Option(help="Records made elsewhere (a folder, .jsonl or .jsonl.gz), which count as run; may be given again."),
     ] = None,
     part: Annotated[str, typer.Option(help="Run every n-th trial only, such as 1/2 and 2/2 in two processes with a folder each.")] = "1/1",
-    show: Annotated[bool, typer.Option("--list", help="List the trials and which have a record, and run nothing.")] = False,
+    show: Annotated[
+        bool, typer.Option("--list", help="List the trials and which have a record, and run nothing; --markdown shows what there is.")
+    ] = False,
     retry: Annotated[bool, typer.Option("--retry", help="Run failed trials again.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Run each method once on the bundled model, in a few steps, and keep nothing.")
@@ -74,9 +76,17 @@ def sweep(
     if dry_run:
         rehearse(asked, device, dtype, json)
         return
+
+    def tables(known: Mapping[str, Mapping[str, Any]]) -> None:
+        if markdown:
+            sheets = drawn(markdown, asked, known, [out, *(also or [])], device, dtype) if pictures else {}
+            write(markdown, asked, known, sheets)
+
     elsewhere = records(also or [])
     if show:
-        rows = listed(asked, records([out]) | elsewhere)
+        known = records([out]) | elsewhere
+        tables(known)
+        rows = listed(asked, known)
         emit(rows, columns(rows, ("hash", "record", "trial"), header=True), json)
         return
     trials = [trial for trial in chosen(asked.trials, part) if trial.hash not in elsewhere]
@@ -84,8 +94,7 @@ def sweep(
     given = Resources(vocabulary=candidates(vocabulary), assets=trained(asset or []))
     found = ran(trials, out, retry, device, dtype, given, [place for place in also or [] if place.is_dir()], cluster)
     known = records([out]) | elsewhere
-    if markdown:
-        write(markdown, asked, known, drawn(markdown, asked, known, [out, *(also or [])], device, dtype) if pictures else {})
+    tables(known)
     failed = [record for record in found if "error" in record]
     data = {"out": str(out), "trials": len(found), "failed": len(failed), "markdown": str(markdown) if markdown else None}
     text = [f"{len(found)} trials, {len(failed)} of them failed: {out}"]
