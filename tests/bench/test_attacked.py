@@ -283,5 +283,7 @@ def test_the_committed_grid_is_read_and_cast_for_a_dry_run(tmp_path: Path) -> No
     for number, each in enumerate(asked.trials):
         seen.setdefault(each.options.attack, []).append(number)
     assert all(rows == list(range(rows[0], rows[-1] + 1)) for rows in seen.values())
-    backwards = [search.attack(text).cost(load("tiny"), 16).get("backwards", 0) > 0 for text in seen]
+    *first, last = seen
+    assert last == "ring_a_bell", "which encodes texts by the ten thousand, dearer than any other's pictures"
+    backwards = [search.attack(text).cost(load("tiny"), 16).get("backwards", 0) > 0 for text in first]
     assert backwards == sorted(backwards), "those without gradients, the cheapest, come first"

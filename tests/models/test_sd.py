@@ -147,11 +147,15 @@ def test_encoding_is_differentiable_in_the_embeddings(tiny_model: StableDiffusio
     assert all(p.grad is None for network in tiny_model.components.values() for p in network.parameters())
 
 
-def test_encode_tokens_wants_one_of_two(tiny_model: StableDiffusion) -> None:
+def test_encode_tokens_wants_one_of_two_and_takes_embeddings_where_both_are_given(tiny_model: StableDiffusion) -> None:
     with pytest.raises(ValueError, match="neither"):
         tiny_model.encode_tokens()
-    with pytest.raises(ValueError, match="both"):
-        tiny_model.encode_tokens(torch.zeros(1, 16, dtype=torch.long), torch.zeros(1, 16, 32))
+    ids, embeds = tiny_model.encode(["a cat"]).ids, tiny_model.encode_tokens
+    assert ids is not None
+    other = tiny_model.pipeline.text_encoder.get_input_embeddings()(tiny_model.encode(["a dog"]).ids).detach()
+    with torch.no_grad():
+        assert torch.equal(embeds(ids, other).tokens, embeds(embeds=other).tokens)
+        assert not torch.equal(embeds(ids, other).tokens, embeds(ids).tokens)
 
 
 def test_words_are_whole_tokens(tiny_model: StableDiffusion) -> None:
