@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from efface.core import catalog
-from efface.core.edit import Edit, SamplingEdit
+from efface.core.edit import Chain, Edit, SamplingEdit
 from efface.core.errors import InvalidMethod, NoEffect, Unsupported
 from efface.core.evidence import Attack
 from efface.core.method import Paper
@@ -58,8 +58,9 @@ def test_the_prompt_that_is_the_safety_text_is_untouched_so_another_one_probes(t
     with edit.attach(tiny_model):
         assert not torch.allclose(drawn(tiny_model, "cat"), plain, atol=1e-3)
     idle = dataclasses.replace(bare, card=dataclasses.replace(bare.card, probes=("cat",)))
-    with pytest.raises(NoEffect), idle.attach(tiny_model):
-        pass
+    for each in (idle, Chain((idle,), idle.card)):
+        with pytest.raises(NoEffect), each.attach(tiny_model):
+            pass
 
 
 def test_several_concepts_are_one_text_or_one_each(tiny_model):

@@ -292,6 +292,11 @@ class Chain(Edit):
     extras: Mapping[str, Part] = field(default_factory=dict)
 
     @property
+    def rounding(self) -> int:  # type: ignore[override]
+        """That of the part that has most."""
+        return max((edit.rounding for edit in self.edits), default=0)
+
+    @property
     def names(self) -> frozenset[str]:
         return frozenset().union(*(edit.names for edit in self.edits))
 

@@ -168,7 +168,13 @@ class Method(ABC):
             raise InvalidMethod(
                 f"{cls.name()} has no preset {preset!r}; {suggest(str(preset), cls.presets) if cls.presets else 'it has none'}"
             )
-        known, hints = {f.name: f for f in dataclasses.fields(cls)}, get_type_hints(cls)  # type: ignore[arg-type]
+        known = {f.name: f for f in dataclasses.fields(cls)}  # type: ignore[arg-type]
+        try:
+            hints = get_type_hints(cls)
+        except NameError as error:
+            raise InvalidMethod(
+                f"the types of {cls.name()}'s fields cannot be read ({error}); import them outside TYPE_CHECKING"
+            ) from error
         for key, value in fields.items():
             if key not in known:
                 raise InvalidMethod(f"{cls.name()} has no field {key!r}; {suggest(key, known)}")
