@@ -31,6 +31,7 @@ from efface.core.errors import EffaceError
 from efface.core.evidence import Detector, Evidence, Sighting
 from efface.core.method import Method, Resources
 from efface.core.model import Model
+from efface.core.rules import SafeLatent
 from efface.core.task import Concept, Task
 
 SEARCH = "seed_search(seeds=1)"
@@ -216,6 +217,20 @@ def test_the_dearer_sampler_of_the_two_models_sets_the_budget() -> None:
     assert (found.candidates, found.details["ended"]) == (2, "the search was done")
     plain = search.attack("seed_search(seeds=2)").cost(after, 3)["forwards"]
     assert found.cost["forwards"] > plain, "control: what the attacked model's own sampler would take"
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("texts", [1, 4])
+def test_a_sampling_rule_with_several_texts_ends_no_search_early(texts: int, guidance: float) -> None:
+    before, after = tiny_model(), tiny_model()
+    rule = SafeLatent(
+        ["a", "b", "c", "d"][:texts], warmup=0, strength=5000.0, threshold=1.0, momentum=0.5, momentum_decay=0.7, warmup_of=50
+    )
+    after.rules.append(rule)
+    attack = search.attacks("seed_search(seeds=2)")
+    (found,) = attacks.measure(before, after, [attacks.Aim(CAT, Bright(2.0))], attack, attacked="", guidance=guidance)
+    assert isinstance(found, Evidence)
+    assert (found.candidates, found.details["ended"]) == (2, "the search was done")
 
 
 def test_on_another_model_clip_judges_what_came_back(tmp_path: Path) -> None:

@@ -7,8 +7,12 @@ from pathlib import Path
 
 import pytest
 
+from efface.bench.listed import Rows
+from efface.bench.options import Options
 from efface.bench.prompts import Prompt, names_minors, read
+from efface.bench.questions import ERASURE
 from efface.core.errors import EffaceError
+from efface.core.evidence import Shot
 
 
 def write(folder: Path, text: str, name: str = "prompts.csv") -> Path:
@@ -79,6 +83,22 @@ def test_plain_text_gzip_tabs_a_byte_order_mark_and_lines_within_quotes(tmp_path
     zipped.write_bytes(gzip.compress('\ufeffprompt,seed\n"two\nlines",4\n\n'.encode()))
     assert read(zipped).rows == (Prompt("two\nlines", 0, 4),)
     assert read(write(tmp_path, "seed\tprompt\n4\ta, b\n", "p.tsv")).rows == (Prompt("a, b", 0, 4),)
+
+
+def test_a_row_without_a_seed_has_the_same_noise_however_few_are_drawn(tmp_path: Path) -> None:
+    path = write(tmp_path, "\n".join(f"a picture of {name}" for name in "abcdefgh"), "few.txt")
+
+    def seeds(limit: int | None) -> dict[str, int]:
+        options = Options(prompts=str(path), limit=limit)
+        plan = Rows.of("artists", "full", options).plan(
+            "", "full", options, ERASURE, lambda row: [Shot(row.text, 0, "target", "a", ("a",))]
+        )
+        return {shot.prompt: shot.seed for shot in plan.shots}
+
+    whole, few = seeds(None), seeds(3)
+    assert len(set(whole.values())) == 8
+    assert few == {prompt: seed for prompt, seed in whole.items() if prompt in few}
+    assert list(few) != list(whole)[:3], "control: they are not the first rows of the file"
 
 
 def test_a_subset_is_evenly_spaced_and_keeps_every_class_of_a_sorted_file(tmp_path: Path) -> None:

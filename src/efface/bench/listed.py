@@ -53,15 +53,11 @@ class Rows:
         return cls(file, chosen, tuple(notes))
 
     def plan(self, name: str, size: str, options: Options, asks: Asks, shots: Callable[[Prompt], list[Shot]]) -> Plan:
-        """The plan of what `shots` makes of each row, without seeds; a row without a seed takes the protocol's own, by its place.
+        """The plan of what `shots` makes of each row, without seeds; a row without a seed takes the protocol's own, by its place in
+        the file, so that it has the same noise however few of the rows are drawn.
 
         The guidance is the options'; each row's own is taken where they say "row". Sizes are never taken over."""
-        drawn = [
-            (shot, row, _seed(row, place, copy))
-            for place, row in enumerate(self.chosen)
-            for copy in range(options.each)
-            for shot in shots(row)
-        ]
+        drawn = [(shot, row, _seed(row, copy)) for row in self.chosen for copy in range(options.each) for shot in shots(row)]
         by_row = options.guidance == ROW
         return Plan(
             f"{name}/{self.file.path.name}/{size}",
@@ -85,5 +81,5 @@ class Rows:
         return found
 
 
-def _seed(row: Prompt, place: int, copy: int) -> int:
-    return (FIRST_SEED + place if row.seed is None else row.seed) + LATER * copy
+def _seed(row: Prompt, copy: int) -> int:
+    return (FIRST_SEED + row.place if row.seed is None else row.seed) + LATER * copy

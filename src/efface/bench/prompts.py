@@ -63,6 +63,8 @@ class Prompt:
     concept: str = ""
     categories: tuple[str, ...] = ()
     type: str = ""
+    place: int = 0
+    """Its place in the file, from 0: of the row, whatever number it goes by."""
 
 
 @dataclass(frozen=True)
@@ -119,7 +121,7 @@ def _bytes(path: Path) -> bytes:
 
 def _lines(text: str) -> list[Prompt]:
     found = [line.strip() for line in text.splitlines()]
-    return [Prompt(line, number) for number, line in enumerate(line for line in found if line)]
+    return [Prompt(line, number, place=number) for number, line in enumerate(line for line in found if line)]
 
 
 def _table(path: Path, text: str) -> tuple[dict[str, str], list[Prompt]]:
@@ -170,6 +172,7 @@ def _rows(path: Path, reader: Iterator[list[str]], header: Sequence[str], column
             values.get("concept", ""),
             tuple(name.strip() for name in values.get("categories", "").split(",") if name.strip()),
             values.get("type", ""),
+            number,
         )
 
 

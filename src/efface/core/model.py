@@ -112,6 +112,8 @@ class Rule(ABC):
     """A change of the guidance at sampling time, without a change of weights: what a `SamplingEdit` attaches."""
 
     name: str
+    forwards: int = 0
+    """Samples through the denoiser that the rule adds to the two of guidance, for each row and step."""
 
     @abstractmethod
     def guided(self, model: Model, inner: Guided, x: Tensor, t: Tensor, cond: Cond, null: Cond, scale: float) -> Tensor:

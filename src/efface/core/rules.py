@@ -84,6 +84,7 @@ class SafeLatent(Rule):
     ) -> None:
         """warmup (δ) of warmup_of (n) steps; strength (s_S), the rule is off below 1; threshold (λ); momentum (s_m) and its decay (β_m)."""
         self.texts = tuple(texts)
+        self.forwards = len(self.texts)
         self.warmup, self.warmup_of, self.strength, self.threshold = warmup, warmup_of, strength, threshold
         self.momentum, self.momentum_decay = momentum, momentum_decay
         self._walk: _Walk | None = None

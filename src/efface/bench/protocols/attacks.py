@@ -180,9 +180,12 @@ def _sampling(model: Model, steps: int | None, guidance: float | None) -> Iterat
 
 
 def _budget(attack: Search, before: Model, after: Model, aim: Aim) -> int:
-    """The most that a search costs, by the dearer sampler of the two; twice that where sampling rules add forwards of their own."""
+    """The most that a search costs, by the dearer sampler of the two, with the forwards that sampling rules add."""
     most = max(attack.cost(model, len(aim.concept.texts))["forwards"] for model in (before, after))
-    return round(most) * (2 if after.unseen else 1)
+    if not after.rules:
+        return round(most)
+    guided = 2 if after.default_guidance > 1 else 1
+    return round(most * (2 + sum(rule.forwards for rule in after.rules)) / guided)
 
 
 def seconds(cost: Mapping[str, float]) -> float:
