@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 
+from efface.bench.trial import read
+from efface.cli import sweep
 from efface.core.errors import EffaceError
-from efface.report import attacked, leaderboard, pages
+from efface.report import attacked, figures, leaderboard, pages
 from efface.report.records import gather, worst
 from efface.report.site import Site
 
@@ -56,6 +60,95 @@ def test_methods_by_attacks_with_intervals_controls_and_reasons() -> None:
 def test_fits_are_averaged_and_the_interval_holds_each() -> None:
     page = attacked.render([probe("uce", WEAK, rate, seed=seed) for seed, rate in enumerate((0.0, 0.5))])
     assert cells(page, "`uce`")[0] == ["`uce`", "25.0 % [0.0 to 50.0]"]
+
+
+RELEARNING = "relearning(checkpoints=(0, 10, 40))"
+
+
+def relearnt(method: str, *rates: float, seed: int = 0, controls: bool = True) -> dict[str, Any]:
+    """The record of a relearning with three curves, of which that of the concept has these rates."""
+
+    def curve(*values: float) -> dict[str, Any]:
+        points = [{"value": v, "low": v / 2, "high": (1 + v) / 2, "n": 16} for v in values]
+        half = next((float(step) for step, v in zip((0, 10, 40), values, strict=True) if v >= 0.5), None)
+        return {"steps": [0, 10, 40], "rate": points, "area": sum(values) / 3, "steps_to_half": half}
+
+    record = probe(method, RELEARNING, rates[-1], seed=seed)
+    beside = {"original": curve(1, 1, 0.75), "never_learned": curve(0, 0, 0.25)} if controls else {}
+    record["attacks"][0]["details"] = {"curves": {"relearned": curve(*rates), **beside}, "sampler": "DDIM", "steps": 20, "guidance": 3.0}
+    return record
+
+
+def test_relearning_is_shown_step_by_step_beside_its_controls(tmp_path: Path) -> None:
+    records = [
+        relearnt("uce", 0, 0.5, 1),
+        relearnt("ap", 0, 0.0625, 0.25),
+        relearnt("esd", 0, 0, 0, controls=False),
+        probe("uce", WEAK, 0.5),
+    ]
+    page = attacked.render(records, pictures={"cat": "curves.svg"})
+    assert "| method | 0 steps | 10 steps | 40 steps | area | half | never learned, 40 steps | its area | its half |" in page
+    assert cells(page, "*un-erased*")[-1] == ["*un-erased*", "100", "100", "75", "0.92", "0", "", "", ""]
+    assert cells(page, "`uce`")[-1] == ["`uce`", "0", "50", "100", "0.50", "10", "25", "0.08", "never"]
+    assert cells(page, "`ap`")[-1] == ["`ap`", "0", "6", "25", "0.10", "never", "25", "0.08", "never"]
+    assert cells(page, "`esd`")[-1] == ["`esd`", "0", "0", "0", "0.00", "never", "–", "–", "–"]
+    assert "](curves.svg)" in page
+    assert "half after" not in page, "no list of what the table says"
+    assert "step by step" not in attacked.render([probe("uce", WEAK, 0.5)])
+
+
+def test_of_several_fits_each_is_told_in_words() -> None:
+    page = attacked.render([relearnt("uce", 0, 0.5, 1), relearnt("uce", 0, 0, 0, seed=1)], pictures={})
+    assert "seed 0: relearned: half after 10 steps, area 0.50" in page
+    assert "seed 1: relearned: half after never, area 0.00" in page
+    assert "step by step" not in page
+
+
+def test_the_curves_of_relearning_lie_beside_the_page_and_in_the_report(run: Run, tmp_path: Path) -> None:
+    other = {**relearnt("uce", 0, 0, 0), "hash": "bomb"}
+    other["trial"] = {**other["trial"], "task": "unsafe:bomb"}
+    other["attacks"] = [{**row, "concept": "bomb"} for row in other["attacks"]]
+    records = [trial(run, "uce", 40, 0), relearnt("uce", 0, 0.5, 1), relearnt("ap", 0, 0, 1), other]
+    (tmp_path / "trials.jsonl").write_text("".join(f"{json.dumps(r)}\n" for r in records), encoding="utf-8")
+    site = Site(gather([tmp_path]), "", "")
+    assert [heading for heading, _ in site.attacked] == list(site.relearned)
+    index = pages.render(site)["index.html"]
+    for svg in site.relearned.values():
+        assert svg in index
+        ElementTree.fromstring(figures.standalone(svg))
+        assert "#01020" not in svg
+    cat, bomb = site.relearned.values()
+    assert all(f">{text}<" in cat for text in ("uce", "ap", "relearned", "never learned", "steps of fine-tuning"))
+    assert (">uce<" in bomb, ">ap<" in bomb) == (True, False)
+    ids = [set(re.findall(r' id="(p[0-9a-f]{6,}|m[0-9a-f]{6,})"', svg)) for svg in (cat, bomb)]
+    assert ids[0]
+    assert not ids[0] & ids[1]
+
+
+GRID = """
+title = "Relearnt"
+protocol = "attacks"
+options = {{ attacks = ["{attack}"] }}
+[[grid]]
+tasks = ["cat", "unsafe:bomb"]
+methods = ["uce", "ap"]
+"""
+
+
+@pytest.mark.parametrize(("attack", "curved"), [(RELEARNING, True), (WEAK, False)])
+def test_a_sweep_of_attacks_writes_the_curves_beside_its_page(attack: str, curved: bool, tmp_path: Path) -> None:
+    grid, page = tmp_path / "grid.toml", tmp_path / "docs" / "back.md"
+    grid.write_text(GRID.format(attack=attack), encoding="utf-8")
+    asked = read(grid)
+    made = {t.hash: (t, relearnt(t.label, 0, 0.5, 1) if curved else probe(t.label, WEAK, 0.5)) for t in asked.trials}
+    known = {name: {**one, "trial": {**one["trial"], "task": t.task}} for name, (t, one) in made.items()}
+    sweep.write(page, asked, known, {})
+    svgs = ["back-relearning-cat.svg", "back-relearning-unsafe-bomb.svg"] if curved else []
+    assert sorted(path.name for path in page.parent.iterdir()) == [*svgs, "back.md"]
+    text = page.read_text(encoding="utf-8")
+    assert [name for name in svgs if f"]({name})" in text] == svgs
+    for name in svgs:
+        assert ElementTree.parse(page.with_name(name)).getroot().tag.endswith("svg")
 
 
 def test_what_does_not_compare_is_refused(run: Run) -> None:

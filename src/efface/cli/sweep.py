@@ -264,27 +264,30 @@ def drawn(
     for sheet in sheets(by_task(trials), edits):
         shown = sheet.among(there)
         if shown is not None:
-            names[sheet.task] = f"{path.stem}-{SLUG.sub('-', sheet.task.casefold()).strip('-')}.jpg"
-            with whole_file(path.with_name(names[sheet.task])) as temporary:
+            place = picture_of(path, sheet.task, ".jpg")
+            names[sheet.task] = place.name
+            with whole_file(place) as temporary:
                 contact(shown, strips).save(temporary, "JPEG", quality=QUALITY)
     return names
 
 
 def write(path: Path, asked: Sweep, known: Mapping[str, Mapping[str, Any]], sheets: Mapping[str, str]) -> None:
-    """The tables of those records that the grid asks for, and beside them the figure of nested tasks; each whole or not at all.
-    `sheets` are files of pictures beside it, by task.
+    """The tables of those records that the grid asks for, and beside them the figures of nested tasks and of relearning; each whole or
+    not at all. `sheets` are files of pictures beside it, by task.
 
     Records of attacks that are known beside those of an erasure give it a column."""
     from efface.bench.expected import beside
-    from efface.core.whole import whole_file
-    from efface.report import attacked, curve, leaderboard
+    from efface.report import attacked, curve, figures, leaderboard, relearned
     from efface.report.records import is_attack
 
     rows = [known[trial.hash] for trial in asked.trials if trial.hash in known]
     attacks = [record for record in known.values() if is_attack(record)]
     if all(map(is_attack, rows)):
-        with whole_file(path) as temporary:
-            temporary.write_text(attacked.render(rows, title=asked.title, source=command()), encoding="utf-8")
+        curves = relearned.by_task(attacked.gathered(rows))
+        places = {task: picture_of(path, f"relearning {task}", ".svg") for task in curves}
+        shown = {task: place.name for task, place in places.items()}
+        page = attacked.render(rows, title=asked.title, source=command(), pictures=shown)
+        texts({path: page} | {places[task]: figures.standalone(figures.relearning(some)) for task, some in curves.items()})
         return
     published = beside(asked.expected, rows)
     nested, picture = curve.nested(rows), path.with_suffix(".svg")
@@ -292,9 +295,18 @@ def write(path: Path, asked: Sweep, known: Mapping[str, Mapping[str, Any]], shee
     page = leaderboard.render(
         rows, title=asked.title, pairs=asked.pairs, source=command(), lead=lead, attacks=attacks, published=published, sheets=sheets
     )
-    files = {path: page}
-    if nested:
-        files[picture] = curve.figure(nested)
+    texts({path: page} | ({picture: curve.figure(nested)} if nested else {}))
+
+
+def picture_of(page: Path, name: str, suffix: str) -> Path:
+    """A file beside a page, by the page's name and what it shows."""
+    return page.with_name(f"{page.stem}-{SLUG.sub('-', name.casefold()).strip('-')}{suffix}")
+
+
+def texts(files: Mapping[Path, str]) -> None:
+    """Writes each whole or not at all."""
+    from efface.core.whole import whole_file
+
     for place, text in files.items():
         with whole_file(place) as temporary:
             temporary.write_text(text, encoding="utf-8")

@@ -7,17 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from statistics import fmean
+from types import MappingProxyType
 from typing import Any
 
 from efface.core.errors import EffaceError
 from efface.core.evidence import Score
-from efface.report import wording
+from efface.report import relearned, wording
 from efface.report.leaderboard import EMOJI
 from efface.report.records import FAILED, Attacked, of_trials, over_fits
 from efface.report.rows import alike
 from efface.report.tables import table
 
 NONE = "–"
+NO_PICTURES: Mapping[str, str] = MappingProxyType({})
 THREATS = "T0 natural prompts, T1 black-box prompts, T2 white-box prompts, T3 embeddings, T4 sampler, noise and pictures, T5 weights"
 READING = """The attack success rate (ASR): the share of prompts for which the erased model shows the concept, unattacked or in one of
 at most C candidates of the attack; lower resists better. 95 % intervals in brackets; over several fits the mean of theirs, widened to hold
@@ -29,12 +31,20 @@ COST = """Means over what was attacked, the un-erased pictures included and the 
 fallen, so that what resists costs more."""
 
 
-def render(records: Sequence[Mapping[str, Any]], *, title: str = "", source: str = "") -> str:
-    """The page of the trials of attacks. Raises EffaceError for none, or for records that do not compare."""
+def gathered(records: Sequence[Mapping[str, Any]]) -> list[Attacked]:
+    """What came out of trials of attacks, fits pooled. Raises EffaceError for none, or for records that do not compare."""
     if not records:
         raise EffaceError("there is no record to show; run the sweep first")
     alike((), records)
-    found = over_fits(of_trials(records))
+    return over_fits(of_trials(records))
+
+
+def render(records: Sequence[Mapping[str, Any]], *, title: str = "", source: str = "", pictures: Mapping[str, str] = NO_PICTURES) -> str:
+    """The page of the trials of attacks. Raises as `gathered`.
+
+    Args:
+        pictures: the files with the figures of relearning, seen from the page, by task."""
+    found = gathered(records)
     names = titles(found)
     parts = [f"# {title or 'Erasures attacked'}", *_about(records, source)]
     for task in dict.fromkeys(a.task for a in found):
@@ -44,7 +54,7 @@ def render(records: Sequence[Mapping[str, Any]], *, title: str = "", source: str
             heading = wording.heading(task)
             parts.append(f"## {heading}" if len({a.concept for a in mine}) == 1 else f"## {heading}: {concept}")
             parts += [_table(some, names, _rate, original=True), "### Without the attack, and control", CONTROLS]
-            parts += [_table(some, names, _beside), *_remarks(some, names), *_refused(some, names)]
+            parts += [_table(some, names, _beside), *_remarks(some, names), *_relearned(some, pictures.get(task)), *_refused(some, names)]
     parts += ["## The attacks", _budgets(found, names), f"Threats: {THREATS}. {COST}"]
     parts += ["## The methods in full", "\n".join(dict.fromkeys(f"- `{a.label or a.method}`: `{a.method}`" for a in found))]
     return "\n\n".join(parts) + "\n"
@@ -95,9 +105,22 @@ def _table(some: Sequence[Attacked], names: Mapping[str, str], cell: Callable[[A
 
 
 def _remarks(some: Sequence[Attacked], names: Mapping[str, str]) -> Iterator[str]:
-    lines = [f"- {names[a.attack]} on `{a.label or a.method}`: {a.remarks}." for a in some if a.remarks]
+    lines = [f"- {names[a.attack]} on `{a.label or a.method}`: {a.remarks}." for a in some if a.remarks and not a.curves]
     if lines:
         yield "Controls that belong to single attacks:\n\n" + "\n".join(lines)
+
+
+def _relearned(some: Sequence[Attacked], picture: str | None) -> Iterator[str]:
+    """Curves, in a table for each form of the attack, and the figure of them all."""
+    found = [a for a in some if a.curves]
+    if not found:
+        return
+    yield "### Relearning, step by step"
+    yield relearned.READING
+    if picture:
+        yield f"![The share of prompts that show the concept against the steps of fine-tuning, for each method]({picture})"
+    for attack in dict.fromkeys(a.attack for a in found):
+        yield relearned.rows([a for a in found if a.attack == attack])
 
 
 def _refused(some: Sequence[Attacked], names: Mapping[str, str]) -> Iterator[str]:

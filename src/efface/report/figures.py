@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import html
 import io
+import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,6 +20,7 @@ from efface.bench.result import Result
 from efface.core.edit import Edit, Part
 from efface.core.errors import EffaceError
 from efface.core.evidence import Shot
+from efface.report.records import NEVER, ORIGINAL, RELEARNED, Attacked
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -43,6 +45,8 @@ BINS = 80
 """Columns of the trace of words."""
 CELL = 0.34
 """Inches of a cell of the impact matrix."""
+PANELS = 6
+"""Of the curves of relearning, side by side."""
 WRITTEN = 0.15
 """From this |Δ| on the number stands in its cell."""
 _INK, _MUTED, _SERIES = "#010203", "#010204", ("#010205", "#010206")
@@ -215,6 +219,41 @@ def matrix(found: Impact) -> Tensor:
     return torch.tensor([[known.get((row, column), torch.nan) for column in found.concepts] for row in found.erased])
 
 
+def relearning(some: Sequence[Attacked]) -> str:
+    """The curves of relearning as SVG, a panel for each method: the concept relearned, with its 95 % interval; one never learned; and the
+    un-erased model fine-tuned alike."""
+    looks = {
+        ORIGINAL: ("un-erased, tuned alike", {"color": _MUTED, "linestyle": ":", "marker": ""}),
+        NEVER: ("never learned", {"color": _SERIES[1], "linestyle": "--", "marker": "s"}),
+        RELEARNED: ("relearned", {"color": _SERIES[0], "linestyle": "-", "marker": "o"}),
+    }
+    several, columns = len({a.concept for a in some}) > 1, min(PANELS, len(some))
+    lines = math.ceil(len(some) / columns)
+    figure, first = _figure(max(1.65 * columns, 4.5), 1.35 * lines + 0.55)
+    first.remove()
+    panels = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).flatten().tolist()
+    for place, (axes, a) in enumerate(zip(panels, some, strict=False)):
+        for name, (label, look) in looks.items():
+            if name in a.curves:
+                steps, points = a.curves[name]["steps"], a.curves[name]["rate"]
+                axes.plot(steps, [100 * point["value"] for point in points], label=label, markersize=3, linewidth=1.4, **look)
+                if name == RELEARNED:
+                    low, high = ([100 * point[end] for point in points] for end in ("low", "high"))
+                    axes.fill_between(steps, low, high, color=_SERIES[0], alpha=0.15, linewidth=0)
+        _plain(axes)
+        axes.set_title(f"{a.label or a.method}{f', {a.concept}' if several else ''}", fontsize=8, color=_INK)
+        axes.tick_params(labelsize=7, labelbottom=place + columns >= len(some))
+        axes.set_ylim(-4, 104)
+        axes.set_yticks([0, 50, 100])
+    for axes in panels[len(some) :]:
+        axes.remove()
+    handles = dict(zip(*reversed(panels[0].get_legend_handles_labels()), strict=True))
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3, frameon=False, fontsize=8, labelcolor=_INK)
+    figure.supxlabel("steps of fine-tuning", fontsize=8, color=_INK)
+    figure.supylabel("prompts that show it, %", fontsize=8, color=_INK)
+    return _svg(figure, f"relearning, {some[0].task}")
+
+
 def _trace(edit: Edit) -> Part | None:
     return edit.extras.get("trace")
 
@@ -226,16 +265,21 @@ def _figure(width: float, height: float) -> tuple[Figure, Any]:
 
     figure = Figure(figsize=(width, height), layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.add_subplot()
-    axes.patch.set_visible(False)
     figure.patch.set_visible(False)
+    axes = figure.add_subplot()
+    _plain(axes)
+    return figure, axes
+
+
+def _plain(axes: Any) -> None:
+    """Axes in the page's colours, without a frame."""
+    axes.patch.set_visible(False)
     axes.tick_params(colors=_MUTED)
     for side, spine in axes.spines.items():
         spine.set_visible(side in ("left", "bottom"))
         spine.set_color(_MUTED)
     axes.xaxis.label.set_color(_INK)
     axes.yaxis.label.set_color(_INK)
-    return figure, axes
 
 
 def _svg(figure: Figure, name: str) -> str:

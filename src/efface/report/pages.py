@@ -15,7 +15,7 @@ from typing import Any
 from markupsafe import Markup, escape
 
 from efface.core.errors import EffaceError
-from efface.report import leaderboard, plots, wording
+from efface.report import leaderboard, plots, relearned, wording
 from efface.report.page import environment
 from efface.report.profiles import flowing, is_code
 from efface.report.published import published
@@ -52,7 +52,7 @@ def render(site: Site) -> dict[str, str]:
     env.filters |= {"number": wording.number, "bytes": wording.size, "heading": wording.heading}
     env.filters |= {"groups": groups, "slug": slug, "flowing": flowing, "inline": inline, "code": is_code}
     env.globals |= {"short": SHORT, "costs": COST, "reading": leaderboard.READING, "plots": plots, "spread": wording.spread}
-    env.globals["compares"] = leaderboard.BESIDE
+    env.globals |= {"compares": leaderboard.BESIDE, "relearning": relearned.READING}
     env.globals["today"] = date.today().isoformat()
     pages = {"index.html": env.get_template("site/index.html").render(site=site, root="")}
     template = env.get_template("site/method.html")

@@ -37,6 +37,9 @@ CONTROLS = {
     "hole_of_the_original": "the un-erased pictures' own middles",
 }
 """Shares among the details of single attacks, in words."""
+RELEARNED, ORIGINAL, NEVER = "relearned", "original", "never_learned"
+"""The names of an attack's curves: the erased model fine-tuned on the concept; the un-erased model so; the erased model taught the same
+pictures upside down."""
 
 
 @dataclass(frozen=True)
@@ -63,6 +66,8 @@ class Attacked:
     candidates: int | None = None
     remarks: str = ""
     """What else it found, in a few words."""
+    curves: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Of relearning, as in its record, by name; none where several fits are pooled."""
     cost: Mapping[str, float] = field(default_factory=dict)
     """forwards, backwards and control_forwards in samples, and seconds."""
     label: str = ""
@@ -150,6 +155,7 @@ def _pooled(fits: Sequence[Attacked]) -> Attacked:
         cost={name: fmean(a.cost[name] for a in ran) for name in ran[0].cost if all(name in a.cost for a in ran)},
         fits=len(ran),
         remarks="; ".join(f"seed {a.seed}: {a.remarks}" for a in ran if a.remarks),
+        curves={},
     )
 
 
@@ -237,6 +243,7 @@ def _row(one: Attacked, row: Mapping[str, Any]) -> Attacked:
         control=control,
         candidates=row["candidates"],
         remarks=remarks(row["details"]),
+        curves=row["details"].get("curves", {}),
         cost=row["cost"],
     )
 

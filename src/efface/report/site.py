@@ -15,7 +15,7 @@ from efface.bench.expected import ORIGINAL, Beside, Expected, beside
 from efface.core import catalog
 from efface.core.errors import InvalidMethod
 from efface.core.evidence import Score
-from efface.report import leaderboard, pictures, plots, wording
+from efface.report import figures, leaderboard, pictures, plots, relearned, wording
 from efface.report.pictures import Sheet
 from efface.report.profiles import Profile, profile
 from efface.report.records import Attacked, Gathered, worst
@@ -239,6 +239,11 @@ class Site:
         tasks = [*(task for task in self.rows), *(a.task for a in self.found.attacks)]
         panels = {task: self._panels([a for a in self.found.attacks if a.task == task]) for task in dict.fromkeys(tasks)}
         return [(wording.heading(task), some) for task, some in panels.items() if some]
+
+    @cached_property
+    def relearned(self) -> dict[str, str]:
+        """The curves of relearning as SVG, by the heading of their task."""
+        return {wording.heading(task): figures.relearning(some) for task, some in relearned.by_task(self.found.attacks).items()}
 
     def _panels(self, attacks: Sequence[Attacked]) -> list[Panel]:
         found: dict[tuple[str, str], list[Attacked]] = {}
