@@ -119,6 +119,7 @@ def test_the_curves_of_relearning_lie_beside_the_page_and_in_the_report(run: Run
         assert "#01020" not in svg
     cat, bomb = site.relearned.values()
     assert all(f">{text}<" in cat for text in ("uce", "ap", "relearned", "never learned", "steps of fine-tuning"))
+    assert cat.index(">ap<") < cat.index(">uce<"), "the slower to relearn first"
     assert (">uce<" in bomb, ">ap<" in bomb) == (True, False)
     ids = [set(re.findall(r' id="(p[0-9a-f]{6,}|m[0-9a-f]{6,})"', svg)) for svg in (cat, bomb)]
     assert ids[0]

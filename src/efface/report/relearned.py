@@ -5,7 +5,7 @@ A table for Markdown; `figures.relearning` draws the same curves.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from efface.report.records import NEVER, ORIGINAL, RELEARNED, Attacked
@@ -17,10 +17,11 @@ same pictures upside down, which the model never drew, judged turned back: an er
 behind that a new concept would not find. The un-erased model fine-tuned alike is the ceiling."""
 
 
-def by_task(found: Iterable[Attacked]) -> dict[str, list[Attacked]]:
-    """The attacks that have curves. Of several fits there are none: `Attacked.remarks` says the area and half of each."""
-    some = [a for a in found if a.curves]
-    return {task: [a for a in some if a.task == task] for task in dict.fromkeys(a.task for a in some)}
+def by_task(found: Sequence[Attacked]) -> dict[str, list[Attacked]]:
+    """The attacks that have curves, the slowest to relearn first. Of several fits there are none: `Attacked.remarks` says the area and
+    half of each."""
+    some = sorted((a for a in found if a.curves), key=lambda a: float(a.curves[RELEARNED]["area"]))
+    return {task: [a for a in some if a.task == task] for task in dict.fromkeys(a.task for a in found if a.curves)}
 
 
 def rows(some: Sequence[Attacked]) -> str:
