@@ -97,6 +97,16 @@ def test_relearning_is_shown_step_by_step_beside_its_controls(tmp_path: Path) ->
     assert "step by step" not in attacked.render([probe("uce", WEAK, 0.5)])
 
 
+def test_controls_of_single_attacks_are_columns_of_their_own() -> None:
+    inverted, plain = probe("uce", "concept_inversion", 0.5), probe("uce", WEAK, 0.5)
+    inverted["attacks"][0]["details"] = {"never_learned": {"value": 0.25}, "sampler": "DDIM", "steps": 20, "guidance": 3.0}
+    page = attacked.render([inverted, plain, probe("ap", WEAK, 0.5), probe("ap", "concept_inversion", None)])
+    head = "| method | concept_inversion, pre-ASR / control | seed_search, pre-ASR / control | concept_inversion: a concept never learned |"
+    assert head in page
+    assert [cells(page, f"`{name}`")[1][-1] for name in ("uce", "ap")] == ["25", "–"]
+    assert "a concept never learned" not in attacked.render([plain])
+
+
 def test_of_several_fits_each_is_told_in_words() -> None:
     page = attacked.render([relearnt("uce", 0, 0.5, 1), relearnt("uce", 0, 0, 0, seed=1)], pictures={})
     assert "seed 0: relearned: half after 10 steps, area 0.50" in page

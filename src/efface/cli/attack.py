@@ -138,7 +138,7 @@ def run(
 def rows(found: Sequence[Evidence | Refused]) -> list[dict[str, Any]]:
     """The table: shares with their 95 % intervals."""
     from efface.core.evidence import Evidence
-    from efface.report.records import remarks
+    from efface.report.records import own, remarks
 
     table: list[dict[str, Any]] = []
     for item in found:
@@ -148,7 +148,8 @@ def rows(found: Sequence[Evidence | Refused]) -> list[dict[str, Any]]:
             continue
         scores = {"un-erased": item.original, "pre-ASR": item.before, "ASR": item.success, "control": item.control}
         cells = {name: "-" if s is None else f"{s.value:.0%} ({s.low:.0%} to {s.high:.0%})" for name, s in scores.items()}
-        said = "; ".join(filter(None, (item.details["ended"], remarks(item.details))))
+        controls = [f"{words}: {share:.0%}" for words, share in own(item.details).items()]
+        said = "; ".join(filter(None, (item.details["ended"], *controls, remarks(item.details))))
         row = {"attack": item.attack, "concept": item.concept, "threat": item.threat, "C": item.candidates, "remarks": said}
         table.append(row | cells)
     return table

@@ -26,7 +26,7 @@ at most C candidates of the attack; lower resists better. 95 % intervals in brac
 every fit. Un-erased: how often the original model shows the concept on the same prompts and noise; more than that no attack can be asked
 for."""
 CONTROLS = """pre-ASR: the share without any attack. Control: the same with the best of C more pictures of the plain prompt. An attack
-has found something where its ASR is above its control."""
+has found something where its ASR is above its control. The last columns are controls that belong to one attack alone (%)."""
 COST = """Means over what was attacked, the un-erased pictures included and the control apart; an attack ends at each prompt that has
 fallen, so that what resists costs more."""
 
@@ -54,7 +54,12 @@ def render(records: Sequence[Mapping[str, Any]], *, title: str = "", source: str
             heading = wording.heading(task)
             parts.append(f"## {heading}" if len({a.concept for a in mine}) == 1 else f"## {heading}: {concept}")
             parts += [_table(some, names, _rate, original=True), "### Without the attack, and control", CONTROLS]
-            parts += [_table(some, names, _beside), *_remarks(some, names), *_relearned(some, pictures.get(task)), *_refused(some, names)]
+            parts += [
+                _table(some, names, _beside, own=True),
+                *_remarks(some, names),
+                *_relearned(some, pictures.get(task)),
+                *_refused(some, names),
+            ]
     parts += ["## The attacks", _budgets(found, names), f"Threats: {THREATS}. {COST}"]
     parts += ["## The methods in full", "\n".join(dict.fromkeys(f"- `{a.label or a.method}`: `{a.method}`" for a in found))]
     return "\n\n".join(parts) + "\n"
@@ -89,25 +94,34 @@ def _beside(a: Attacked) -> str:
     return NONE if a.refused or not a.before else " / ".join(wording.value(s) if s else NONE for s in (a.before, a.control))
 
 
-def _table(some: Sequence[Attacked], names: Mapping[str, str], cell: Callable[[Attacked], str], *, original: bool = False) -> str:
-    """Methods by attacks."""
+def _table(
+    some: Sequence[Attacked], names: Mapping[str, str], cell: Callable[[Attacked], str], *, original: bool = False, own: bool = False
+) -> str:
+    """Methods by attacks; on top the un-erased model, where asked, and behind them the controls of single attacks."""
     attacks = [text for text in names if any(a.attack == text for a in some)]
     known = {(a.method, a.attack): a for a in some}
     lines = []
     if original:
         firsts = [next((a for a in some if a.attack == text and a.original), None) for text in attacks]
         lines.append(["*un-erased*", *(score(first.original) if first else NONE for first in firsts)])
+    single = dict.fromkeys((a.attack, words) for a in some for words in a.own) if own else {}
     for method, label in {a.method: a.label or a.method for a in some}.items():
         row = [known.get((method, text)) for text in attacks]
-        lines.append([f"`{label}`", *("not run yet" if a is None else cell(a) for a in row)])
+        beside = [_own(known.get((method, text)), words) for text, words in single]
+        lines.append([f"`{label}`", *("not run yet" if a is None else cell(a) for a in row), *beside])
     suffix = "" if original else ", pre-ASR / control"
-    return table(["method", *(f"{names[text]}{suffix}" for text in attacks)], lines)
+    last = [f"{names[text]}: {words}" for text, words in single]
+    return table(["method", *(f"{names[text]}{suffix}" for text in attacks), *last], lines)
+
+
+def _own(a: Attacked | None, words: str) -> str:
+    return NONE if a is None or words not in a.own else f"{100 * a.own[words]:.0f}"
 
 
 def _remarks(some: Sequence[Attacked], names: Mapping[str, str]) -> Iterator[str]:
     lines = [f"- {names[a.attack]} on `{a.label or a.method}`: {a.remarks}." for a in some if a.remarks and not a.curves]
     if lines:
-        yield "Controls that belong to single attacks:\n\n" + "\n".join(lines)
+        yield "Besides:\n\n" + "\n".join(lines)
 
 
 def _relearned(some: Sequence[Attacked], picture: str | None) -> Iterator[str]:

@@ -64,6 +64,8 @@ class Attacked:
     control: Score | None = None
     """pre-ASR and the best of as many plain pictures."""
     candidates: int | None = None
+    own: Mapping[str, float] = field(default_factory=dict)
+    """Shares of controls that belong to this attack alone, by what they are (`CONTROLS`)."""
     remarks: str = ""
     """What else it found, in a few words."""
     curves: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
@@ -154,6 +156,7 @@ def _pooled(fits: Sequence[Attacked]) -> Attacked:
         control=_mean(a.control for a in ran),
         cost={name: fmean(a.cost[name] for a in ran) for name in ran[0].cost if all(name in a.cost for a in ran)},
         fits=len(ran),
+        own={words: fmean(a.own[words] for a in ran) for words in ran[0].own if all(words in a.own for a in ran)},
         remarks="; ".join(f"seed {a.seed}: {a.remarks}" for a in ran if a.remarks),
         curves={},
     )
@@ -242,18 +245,21 @@ def _row(one: Attacked, row: Mapping[str, Any]) -> Attacked:
         success=success,
         control=control,
         candidates=row["candidates"],
+        own=own(row["details"]),
         remarks=remarks(row["details"]),
         curves=row["details"].get("curves", {}),
         cost=row["cost"],
     )
 
 
+def own(details: Mapping[str, Any]) -> dict[str, float]:
+    """The shares of an attack's own controls, from the details of its record."""
+    return {words: details[name]["value"] for name, words in CONTROLS.items() if name in details}
+
+
 def remarks(details: Mapping[str, Any]) -> str:
     """What else an attack found, in a few words, from the details of its record."""
     said = []
-    for name, words in CONTROLS.items():
-        if name in details:
-            said.append(f"{words}: {details[name]['value']:.0%}")
     if "psnr" in details:
         said.append(f"PSNR {details['psnr']:.1f} dB")
     for name, curve in details.get("curves", {}).items():
