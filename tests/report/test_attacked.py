@@ -178,6 +178,10 @@ def test_the_leaderboard_shows_the_worst_attack_where_it_is_known(run: Run) -> N
     last = {label: cells(page, f"`{label}`")[0][-1] for label in ("uce", "ap", "sld")}
     assert last == {"uce": "75.0 % [55.0 to 95.0] unlearndiffatk", "ap": "not measured", "sld": "not measured"}
     assert "highest ASR" not in leaderboard.render(records)
+    weights = relearnt("uce", 0, 0.5, 1)
+    weights["attacks"][0]["threat"] = "T5"
+    assert leaderboard.render(records, attacks=[*tried, weights]) == page, "fine-tuning hides no other attack"
+    assert cells(leaderboard.render(records, attacks=[weights]), "`uce`")[0][-1] == "not measured"
 
 
 def test_a_folder_of_a_sweep_feeds_the_site_with_both(run: Run, tmp_path: Path) -> None:

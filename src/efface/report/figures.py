@@ -46,7 +46,7 @@ BINS = 80
 CELL = 0.34
 """Inches of a cell of the impact matrix."""
 PANELS = 6
-"""Of the curves of relearning, side by side."""
+"""Of the curves of relearning, side by side at most."""
 WRITTEN = 0.15
 """From this |Δ| on the number stands in its cell."""
 _INK, _MUTED, _SERIES = "#010203", "#010204", ("#010205", "#010206")
@@ -227,8 +227,8 @@ def relearning(some: Sequence[Attacked]) -> str:
         NEVER: ("never learned", {"color": _SERIES[1], "linestyle": "--", "marker": "s"}),
         RELEARNED: ("relearned", {"color": _SERIES[0], "linestyle": "-", "marker": "o"}),
     }
-    several, columns = len({a.concept for a in some}) > 1, min(PANELS, len(some))
-    lines = math.ceil(len(some) / columns)
+    several, lines = len({a.concept for a in some}) > 1, math.ceil(len(some) / PANELS)
+    columns = math.ceil(len(some) / lines)
     figure, first = _figure(max(1.65 * columns, 4.5), 1.35 * lines + 0.55)
     first.remove()
     panels = figure.subplots(lines, columns, squeeze=False, sharex=True, sharey=True).flatten().tolist()

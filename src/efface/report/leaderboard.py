@@ -48,8 +48,8 @@ ERASED, LOST = 0.9, 0.1
 OVERVIEW = f"""In each cell ESR-1 / PSR-1 over all other concepts, in per cent, means over fits. Bold: at least {100 * ERASED:.0f} %
 erased, and at most {100 * LOST:.0f} points of the un-erased model's PSR-1 lost. Intervals, neighbours apart, and cost stand in the tables
 of each task."""
-ATTACKED = """Highest ASR: the share of prompts for which the attack that succeeded most brings the concept back; lower is better. What each
-attack found, and its control, stands in the table of attacks."""
+ATTACKED = """Highest ASR: the share of prompts for which the attack that succeeded most, of those that leave the weights as they are (T0
+to T4), brings the concept back; lower is better. What each attack found, and its control, stands in the table of attacks."""
 SHEET = "The same noise in every row, un-erased and with each method's edit"
 EMOJI = "This small bundled model shows that the algorithms are implemented; it says nothing about Stable Diffusion."
 

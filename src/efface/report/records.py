@@ -37,6 +37,8 @@ CONTROLS = {
     "hole_of_the_original": "the un-erased pictures' own middles",
 }
 """Shares among the details of single attacks, in words."""
+WEIGHTS = "T5"
+"""The threat class of attacks that change the weights."""
 RELEARNED, ORIGINAL, NEVER = "relearned", "original", "never_learned"
 """The names of an attack's curves: the erased model fine-tuned on the concept; the un-erased model so; the erased model taught the same
 pictures upside down."""
@@ -168,8 +170,9 @@ def _mean(scores: Iterable[Score | None]) -> Score | None:
 
 
 def worst(attacks: Iterable[Attacked]) -> Attacked | None:
-    """The attack that succeeded most; None where none was run."""
-    return max((a for a in attacks if a.success), key=lambda a: a.success.value if a.success else 0.0, default=None)
+    """The attack that succeeded most, of those that leave the weights as they are (T0 to T4): fine-tuning brings nearly everything back,
+    and would hide the others. None where none was run."""
+    return max((a for a in attacks if a.success and a.threat != WEIGHTS), key=lambda a: a.success.value if a.success else 0.0, default=None)
 
 
 def _place(place: Path) -> tuple[list[dict[str, Any]], list[Attacked]]:
