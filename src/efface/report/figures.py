@@ -247,7 +247,8 @@ def relearning(some: Sequence[Attacked]) -> str:
         axes.set_yticks([0, 50, 100])
     for axes in panels[len(some) :]:
         axes.remove()
-    handles = dict(zip(*reversed(panels[0].get_legend_handles_labels()), strict=True))
+    shown = (axes.get_legend_handles_labels() for axes in panels[: len(some)])
+    handles = {label: handle for pair in shown for handle, label in zip(*pair, strict=True)}
     figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=3, frameon=False, fontsize=8, labelcolor=_INK)
     figure.supxlabel("steps of fine-tuning", fontsize=8, color=_INK)
     figure.supylabel("prompts that show it, %", fontsize=8, color=_INK)
