@@ -1,6 +1,6 @@
 """Would other latents than SAeUron's erase the concept? The most specific ones of the autoencoder, ablated ever harder.
 
-    python benchmarks/latents.py                                               # the bundled model and its autoencoder, some minutes
+    python benchmarks/latents.py                                               # the bundled model and its autoencoder, ten minutes
     python benchmarks/latents.py --concept apple --arms 8:-10 --size full
     python benchmarks/latents.py --sae runs/sae.safetensors                     # another autoencoder
 
@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -38,7 +39,7 @@ from efface.methods.saeuron import SAeUron
 from efface.models import load
 from efface.models.sae import bundled, traced
 
-ARMS = ("64:-1", "8:-10", "32:-10", "16:-20")
+ARMS = ((64, -1.0), (8, -10.0), (32, -10.0), (16, -20.0))
 ROLES = ("target", "neighbour", "unrelated")
 
 
@@ -60,32 +61,39 @@ def specific(found: Tensor, times: list[int], count: int, factor: float) -> Late
     return LatentTable(torch.tensor(times), latents, torch.full(latents.shape, factor), torch.zeros(latents.shape))
 
 
+def arm(text: str) -> tuple[int, float]:
+    """ "8:-10" as (8, -10.0). Raises ArgumentTypeError."""
+    try:
+        count, factor = text.split(":")
+        return int(count), float(factor)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{text!r} is no arm; expected N:GAMMA, such as 8:-10") from error
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--concept", default="cat")
-    parser.add_argument("--arms", nargs="+", default=ARMS, metavar="N:GAMMA")
+    parser.add_argument("--arms", nargs="+", type=arm, default=ARMS, metavar="N:GAMMA")
     parser.add_argument("--size", default="quick", choices=["quick", "full"])
     parser.add_argument("--sae", type=Path, help="an autoencoder of `efface sae train`")
     options = parser.parse_args()
     model, method, task = load("emoji"), SAeUron(), Task.of(options.concept, resolve=resolve)
+    if len(task.targets) != 1:
+        sys.exit(f"latents: --concept was {options.concept!r}; expected one concept")
     sae = Autoencoder.load(options.sae) if options.sae else bundled(model)
     if sae is None:
         sys.exit("latents: the model has no autoencoder of its own; give one, with --sae FILE")
     found, card = means(model, sae, task, method), Card.of(model, method="latents", task=task, seed=0)
     edits: dict[str, Edit | None] = {"un-erased": None, "saeuron": method.fit(model, task, resources=Resources(assets={ASSET: sae}))}
-    for arm in options.arms:
-        count, factor = arm.split(":")
-        table = specific(found, method.times(model), int(count), float(factor))
-        edits[arm] = FeatureEdit({sae.place: LatentAblation(sae.net, table)}, card)
+    for count, factor in options.arms:
+        table = specific(found, method.times(model), count, factor)
+        edits[f"{count}:{factor:g}"] = FeatureEdit({sae.place: LatentAblation(sae.net, table)}, card)
     plan, judges = erasure.setup(model.id, task, size=options.size)
     sys.stdout.write(f"{'arm':10}  {'  '.join(f'{role:>10}' for role in ROLES)}\n")
     for name, edit in edits.items():
-        if edit is None:
+        with edit.attach(model) if edit else nullcontext():
             samples = draw(model, plan, judges).samples
-        else:
-            with edit.attach(model):
-                samples = draw(model, plan, judges).samples
         seen = [(shot.role, shot.labels[:1] == sight.top(1)) for shot, sight in zip(plan.shots, samples.sightings, strict=True)]
         cells = [[shows for role, shows in seen if role == wanted] for wanted in ROLES]
         sys.stdout.write(f"{name:10}  {'  '.join(f'{sum(cell):>4} of {len(cell):>3}' for cell in cells)}\n")

@@ -79,7 +79,7 @@ def relearnt(method: str, *rates: float, seed: int = 0, controls: bool = True) -
     return record
 
 
-def test_relearning_is_shown_step_by_step_beside_its_controls(tmp_path: Path) -> None:
+def test_relearning_is_shown_step_by_step_beside_its_controls() -> None:
     records = [
         relearnt("uce", 0, 0.5, 1),
         relearnt("ap", 0, 0.0625, 0.25),
@@ -108,7 +108,7 @@ def test_controls_of_single_attacks_are_columns_of_their_own() -> None:
 
 
 def test_of_several_fits_each_is_told_in_words() -> None:
-    page = attacked.render([relearnt("uce", 0, 0.5, 1), relearnt("uce", 0, 0, 0, seed=1)], pictures={})
+    page = attacked.render([relearnt("uce", 0, 0.5, 1), relearnt("uce", 0, 0, 0, seed=1)])
     assert "seed 0: relearned: half after 10 steps, area 0.50" in page
     assert "seed 1: relearned: half after never, area 0.00" in page
     assert "step by step" not in page
@@ -123,6 +123,7 @@ def test_the_curves_of_relearning_lie_beside_the_page_and_in_the_report(run: Run
     site = Site(gather([tmp_path]), "", "")
     assert [heading for heading, _ in site.attacked] == list(site.relearned)
     index = pages.render(site)["index.html"]
+    assert ("Never learned: " in index, "Half: " in index) == (True, False), "what the figure shows is explained, and nothing else"
     for svg in site.relearned.values():
         assert svg in index
         ElementTree.fromstring(figures.standalone(svg))

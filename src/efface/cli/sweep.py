@@ -287,7 +287,7 @@ def write(path: Path, asked: Sweep, known: Mapping[str, Mapping[str, Any]], shee
         places = {task: picture_of(path, f"relearning {task}", ".svg") for task in curves}
         shown = {task: place.name for task, place in places.items()}
         page = attacked.render(rows, title=asked.title, source=command(), pictures=shown)
-        texts({path: page} | {places[task]: figures.standalone(figures.relearning(some)) for task, some in curves.items()})
+        save({path: page} | {places[task]: figures.standalone(figures.relearning(some)) for task, some in curves.items()})
         return
     published = beside(asked.expected, rows)
     nested, picture = curve.nested(rows), path.with_suffix(".svg")
@@ -295,7 +295,7 @@ def write(path: Path, asked: Sweep, known: Mapping[str, Mapping[str, Any]], shee
     page = leaderboard.render(
         rows, title=asked.title, pairs=asked.pairs, source=command(), lead=lead, attacks=attacks, published=published, sheets=sheets
     )
-    texts({path: page} | ({picture: curve.figure(nested)} if nested else {}))
+    save({path: page} | ({picture: curve.figure(nested)} if nested else {}))
 
 
 def picture_of(page: Path, name: str, suffix: str) -> Path:
@@ -303,8 +303,8 @@ def picture_of(page: Path, name: str, suffix: str) -> Path:
     return page.with_name(f"{page.stem}-{SLUG.sub('-', name.casefold()).strip('-')}{suffix}")
 
 
-def texts(files: Mapping[Path, str]) -> None:
-    """Writes each whole or not at all."""
+def save(files: Mapping[Path, str]) -> None:
+    """Writes each text into its file, whole or not at all."""
     from efface.core.whole import whole_file
 
     for place, text in files.items():

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from statistics import fmean
-from types import MappingProxyType
 from typing import Any
 
 from efface.core.errors import EffaceError
@@ -19,7 +18,6 @@ from efface.report.rows import alike
 from efface.report.tables import table
 
 NONE = "–"
-NO_PICTURES: Mapping[str, str] = MappingProxyType({})
 THREATS = "T0 natural prompts, T1 black-box prompts, T2 white-box prompts, T3 embeddings, T4 sampler, noise and pictures, T5 weights"
 READING = """The attack success rate (ASR): the share of prompts for which the erased model shows the concept, unattacked or in one of
 at most C candidates of the attack; lower resists better. 95 % intervals in brackets; over several fits the mean of theirs, widened to hold
@@ -39,7 +37,7 @@ def gathered(records: Sequence[Mapping[str, Any]]) -> list[Attacked]:
     return over_fits(of_trials(records))
 
 
-def render(records: Sequence[Mapping[str, Any]], *, title: str = "", source: str = "", pictures: Mapping[str, str] = NO_PICTURES) -> str:
+def render(records: Sequence[Mapping[str, Any]], *, title: str = "", source: str = "", pictures: Mapping[str, str] | None = None) -> str:
     """The page of the trials of attacks. Raises as `gathered`.
 
     Args:
@@ -57,7 +55,7 @@ def render(records: Sequence[Mapping[str, Any]], *, title: str = "", source: str
             parts += [
                 _table(some, names, _beside, own=True),
                 *_remarks(some, names),
-                *_relearned(some, pictures.get(task)),
+                *_relearned(some, (pictures or {}).get(task)),
                 *_refused(some, names),
             ]
     parts += ["## The attacks", _budgets(found, names), f"Threats: {THREATS}. {COST}"]
@@ -133,6 +131,7 @@ def _relearned(some: Sequence[Attacked], picture: str | None) -> Iterator[str]:
     yield relearned.READING
     if picture:
         yield f"![The share of prompts that show the concept against the steps of fine-tuning, for each method]({picture})"
+    yield relearned.NUMBERS
     for attack in dict.fromkeys(a.attack for a in found):
         yield relearned.rows([a for a in found if a.attack == attack])
 

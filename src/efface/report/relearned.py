@@ -11,10 +11,10 @@ from typing import Any
 from efface.report.records import NEVER, ORIGINAL, RELEARNED, Attacked
 from efface.report.tables import table
 
-READING = """After s steps of fine-tuning on pictures of the concept, the share of prompts that show it (%). Area: the mean of that curve
-over the steps, 0 to 1. Half: the step at which it reaches half of the un-erased model's share. Never learned: the same fine-tuning on the
-same pictures upside down, which the model never drew, judged turned back: an erasure that is relearned no sooner than that has left nothing
-behind that a new concept would not find. The un-erased model fine-tuned alike is the ceiling."""
+READING = """After s steps of fine-tuning on pictures of the concept, the share of prompts that show it (%). Never learned: the same
+fine-tuning on the same pictures upside down, which the model never drew, judged turned back: an erasure that is relearned no sooner than
+that has left nothing behind that a new concept would not find. The un-erased model fine-tuned alike is the ceiling."""
+NUMBERS = "Area: the mean of that curve over the steps, 0 to 1. Half: the step at which it reaches half of the un-erased model's share."
 
 
 def by_task(found: Sequence[Attacked]) -> dict[str, list[Attacked]]:
